@@ -15,6 +15,8 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
+for k in 'HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_DATASETS_OFFLINE'.split(): os.environ.setdefault(k, '1')
+os.environ.setdefault('MPLBACKEND', 'Agg')
 
 import yaml  # noqa: E402
 from execnb.nbio import read_nb  # noqa: E402

@@ -53,7 +53,7 @@ def text(x): return x if isinstance(x, str) else ''.join(x)
 
 def code_cell(c, figs):
     "Source and outputs; `figs` collects path → bytes"
-    src, opts = c.source, dict(re.findall(r'^#\|\s*([\w-]+)\s*:\s*(\S+)', c.source, re.M))
+    src, opts = c.source, dict(re.findall(r'^#\|\s*([\w-]+)\s*:\s*(.+?)\s*$', c.source, re.M))
     src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
     shell = src.startswith('!')
     if opts.get('echo') != 'false' and src: yield fenced(src.lstrip('!') if shell else src, 'sh' if shell else 'python')
@@ -65,7 +65,7 @@ def code_cell(c, figs):
         elif 'image/png' in d:
             f = FIGS/f'index-{len(figs)+1}.png'
             figs[f] = b64decode(text(d['image/png']))
-            yield f'![]({f.relative_to(ROOT).as_posix()})'
+            yield f"![{opts.get('fig-alt', opts.get('fig-cap', '')).strip(chr(34))}]({f.relative_to(ROOT).as_posix()})"
         elif 'text/markdown' in d: yield prose(text(d['text/markdown']))
         elif 'text/html' in d: yield _link.sub(from_root, text(d['text/html']).strip())
         elif 'text/plain' in d: yield fenced(text(d['text/plain']))
@@ -92,9 +92,10 @@ def main():
     stale = [f for f in FIGS.glob('index-*.png') if f not in figs]
     missing = [h for _, h in _link.findall(_fence.sub('', txt)) if not re.match(r'[a-z][a-z0-9+.-]*:|#|/', h, re.I)
                and not (ROOT/h.partition('#')[0]).exists() and ROOT/h not in figs]
-    if missing: sys.exit(f'README.md would link to files that are not there: {missing}')
+    if missing: print(f'README.md links to files that are not there: {missing}')
     if '--check' in sys.argv:
         bad = [f for f, b in want.items() if not f.exists() or f.read_bytes() != b] + stale
+        if missing: sys.exit(1)
         if bad: sys.exit(f"not what {NB.name} gives: {', '.join(f.name for f in bad)}; run `python .ci/readme.py`")
         return print(f'README.md and {len(figs)} figures are what {NB.name} gives')
     FIGS.mkdir(exist_ok=True)

@@ -3,9 +3,11 @@ import sys
 
 from sentinel_ai import cli
 
-names = [n.removesuffix('_cli') for n in dir(cli) if n.endswith('_cli')]
-if len(sys.argv) < 2 or sys.argv[1] not in names:
-    sys.exit(f"usage: python -m sentinel_ai {{{','.join(names)}}} [options]")
-name = sys.argv.pop(1)
-sys.argv[0] = f'sentinel-{name}'
-getattr(cli, f'{name}_cli')()
+names = [n.removesuffix('_cli') for n in ('train_cli', 'generate_cli', 'inspect_cli', 'compat_cli') if hasattr(cli, n)]
+usage = f"usage: python -m sentinel_ai {{{','.join(names)}}} [options]"
+name = sys.argv.pop(1) if len(sys.argv) > 1 else ''
+if name in ('-h', '--help'): print(usage)
+elif name not in names: sys.exit(usage)
+else:
+    sys.argv[0] = f'sentinel-{name}'
+    sys.exit(getattr(cli, f'{name}_cli')())

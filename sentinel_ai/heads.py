@@ -22,12 +22,16 @@ _SHRINK = dict(
     ffn_hidden_size=48, dim_ff=48, dff=48, vocab_size=96, max_position_embeddings=128, n_positions=128, n_ctx=128,
     max_seq_len=128, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
     moe_intermediate_size=16, head_dim=8, word_embed_proj_dim=32, embedding_size=32, rotary_dim=4, dim_head=8,
-    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, linear_num_value_heads=4,
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, linear_num_value_heads=4,
     linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, mamba_n_heads=8, mamba_d_head=8,
     mamba_expand=2, n_group=1, topk_group=1)
 _SHRINK_MORE = dict(  # what a single architecture needs besides
     gpt_neo=dict(attention_types=[[['global', 'local'], 1]], window_size=8),
-    codegen=dict(n_head=8), is_decoder=dict(is_decoder=True),
+    codegen=dict(n_head=8), diffllama=dict(num_attention_heads=8, head_dim=4), jamba=dict(attn_layer_period=2, attn_layer_offset=1),
+    bamba=dict(attn_layer_indices=[1]), recurrent_gemma=dict(block_types=('recurrent', 'attention')),
+    qwen3_next=dict(num_hidden_layers=4), qwen3_5_text=dict(num_hidden_layers=4), qwen3_5_moe_text=dict(num_hidden_layers=4),
+    granitemoehybrid=dict(layer_types=['mamba', 'attention']), nemotron_h=dict(mamba_num_heads=8, mamba_head_dim=8),
+    is_decoder=dict(is_decoder=True),
     gemma2=dict(sliding_window=16), gemma3_text=dict(sliding_window=16), mistral=dict(sliding_window=16))
 
 # %% ../nbs/00_heads.ipynb #c0006
@@ -46,6 +50,7 @@ def random_config(
     d = {k: v for k, v in _SHRINK.items() if k in have and k not in alias and isinstance(have[k], int)}
     d |= {alias[k]: v for k, v in _SHRINK.items() if k in alias and isinstance(have.get(alias[k]), int)}
     d |= {k: 0 if k[0] == 'p' else 1 for k in ('pad_token_id', 'bos_token_id', 'eos_token_id') if have.get(k) is not None}
+    if 'kv_lora_rank' in have: d['num_key_value_heads'] = d.get('num_attention_heads')  # latent attention isn't grouped
     if have.get('is_decoder') is False: d |= _SHRINK_MORE['is_decoder']
     return C(**(d | _SHRINK_MORE.get(model_type, {}) | kwargs))
 
@@ -150,7 +155,8 @@ def out_features(m:nn.Module) -> int: # Width of the output
 # %% ../nbs/00_heads.ipynb #c0020
 _OUT = ('o_proj', 'out_proj', 'c_proj', 'dense', 'Wo', 'attention_out', 'out_lin', 'output.dense')
 _QKV = (dict(q='q_proj', k='k_proj', v='v_proj'), dict(q='Wq', k='Wk', v='Wv'), dict(q='self.query', k='self.key', v='self.value'),
-        dict(q='project_q', k='project_k', v='project_v'), dict(q='q_lin', k='k_lin', v='v_lin'))
+        dict(q='project_q', k='project_k', v='project_v'), dict(q='q_lin', k='k_lin', v='v_lin'),
+        dict(q='query_proj', k='key_proj', v='value_proj'))
 _FUSED = dict(c_attn='blocks', qkv_proj='blocks', Wqkv='blocks', query_key_value='interleaved')
 _HEADS = ('num_heads', 'num_attention_heads', 'n_heads', 'n_head', 'num_attn_heads')
 _KV = ('num_key_value_heads', 'num_kv_heads', 'kv_heads', 'kv_n_heads')
@@ -168,7 +174,7 @@ ARCHS = {
     'GPTBigCodeAttention': lambda a: dict(layout='blocks' if a.multi_query else 'interleaved', n_kv_heads=1 if a.multi_query else a.num_heads),
     'CodeGenAttention': lambda a: dict(layout='codegen'),
     # Two softmax maps are subtracted and the halves concatenated: one differential head is two heads wide
-    'DiffLlamaAttention': lambda a: dict(layout='other', n_heads=a.num_heads//2, n_kv_heads=a.num_heads//2, head_dim=2*a.head_dim),
+    'DiffLlamaAttention': lambda a: dict(layout='other', n_heads=a.config.num_attention_heads//2, n_kv_heads=a.config.num_attention_heads//2),
 }
 
 def register_arch(
@@ -191,11 +197,11 @@ def _read_site(model, path, attn, layer):
     if proj is None:
         fused = next((n for n in _FUSED if _has(attn, n)), None)
         if fused: proj, layout = dict.fromkeys('qkv', fused), _FUSED[fused]
-        elif _has(attn, 'kv_b_proj'): proj, layout = dict(q='q_b_proj' if _has(attn, 'q_b_proj') else 'q_proj', k='kv_b_proj', v='kv_b_proj'), 'mla'
+        elif _has(attn, 'kv_b_proj'): proj, layout = dict(k='kv_b_proj', v='kv_b_proj') | {'q': n for n in ('q_proj', 'q_b_proj') if _has(attn, n)}, 'mla'
         else: proj = next(({k: n for k, n in d.items() if _has(attn, n)} for d in _QKV if _has(attn, d['q'])), None)
     if out_name is None or proj is None: return None
     layout, cfg = facts.get('layout', layout), getattr(attn, 'config', None) or model.config.get_text_config()
-    inner = attn.get_submodule('self') if proj['q'].startswith('self.') else attn
+    inner = attn.get_submodule('self') if 'self.query' in proj.values() else attn
     width, d = in_features(attn.get_submodule(out_name)), _first(inner, ('v_head_dim', 'head_dim', 'head_size', 'dim_head', 'attention_head_size'))
     n = facts.get('n_heads') or _first(inner, _HEADS) or (width//d if d else None) or _first(cfg, _HEADS)
     if not n or width % n: raise UnsupportedArchitecture(
@@ -249,12 +255,13 @@ def _stacks(paths, model):
 def _candidates(model):
     "Modules that may be attention, outermost first, and those left alone with the reason."
     seen, found, unmapped, dup = {}, {}, {}, {}
+    family = re.sub(r'^Adaptive|(For|LM)[A-Z]\w*$', '', type(model).__name__)       # KimiLinearForCausalLM: KimiLinear
     for p, m in model.named_modules(remove_duplicate=False):
         name = type(m).__name__
         if id(m) in seen and p: dup.setdefault(seen[id(m)], []).append(p); continue
         seen[id(m)] = p
         if not p or isinstance(m, (nn.ModuleList, nn.Linear)) or any(p.startswith(f+'.') for f in found): continue
-        if re.search(_NOT_HEADS, f'{name} {p}'.lower()):
+        if re.search(_NOT_HEADS, f'{name.removeprefix(family)} {p.split(".")[-1]}'.lower()):
             if list(m.children()) and p.rpartition('.')[0] not in unmapped: unmapped[p] = f'{name}: no softmax heads'
         elif re.search(_OTHER_INPUT, p.lower()):
             if re.search('attn|attention', p.split('.')[-1].lower()): unmapped[p] = f'{name}: attends to another input'
@@ -384,4 +391,4 @@ def probe(
     finally:
         hook.remove()
         lin.weight[idx] = old
-    return (seen[0] - seen[-1]).unflatten(-1, (site.n_heads, site.head_dim)).abs().amax((0, 1, 3)) > 1e-6
+    return (seen[0] - seen[-1]).reshape(-1, site.n_heads, site.head_dim).abs().amax((0, 2)) > 1e-6
