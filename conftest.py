@@ -35,7 +35,7 @@ def pytest_sessionstart(session):
     a, b = src(INSTALLED), src(ROOT/LIB)
     if diff := sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)):
         raise pytest.UsageError(f"the installed {LIB} in {INSTALLED.parent} is not this checkout's "
-                                f"({', '.join(diff)} differ): run `pip install .`, or once `pip install -e .`")
+                                f"({', '.join(diff)} differ): run `rm -rf build; pip install .` (or `-e .`)")
 
 
 def pytest_collect_file(file_path, parent):

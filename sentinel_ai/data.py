@@ -231,18 +231,23 @@ def _block_size(block_size, tokenizer, model, max_length):
     return block_size
 
 # %% ../nbs/08_data.ipynb #c0065
+def _docs(texts):
+    "A list of strings as a data set"
+    return Dataset.from_dict(dict(text=texts), features=Features(text=Value('string')))
+
+# %% ../nbs/08_data.ipynb #c0066
 def _take(stream, tok, max_docs, max_tokens):
     "The first documents of a stream: at most `max_docs`, and no more than are needed for `max_tokens`"
     if max_docs is not None: stream = stream.take(max_docs)
-    if max_tokens is None: return Dataset.from_dict(dict(text=[r['text'] for r in stream]))
+    if max_tokens is None: return _docs([r['text'] for r in stream])
     def count(b): return dict(text=b['text'], n=list(map(len, tok(b['text'], add_special_tokens=False, verbose=False)['input_ids'])))
     docs, n = [], 0
     for r in stream.map(count, batched=True, batch_size=64):
         docs.append(r['text']); n += r['n'] + 1
         if n >= max_tokens: break
-    return Dataset.from_dict(dict(text=docs))
+    return _docs(docs)
 
-# %% ../nbs/08_data.ipynb #c0067
+# %% ../nbs/08_data.ipynb #c0068
 def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
     "`texts`, whatever it is, as a data set of documents, or as a `DatasetDict` if it brings its own validation split"
     if isinstance(texts, (str, Path)):
@@ -251,7 +256,7 @@ def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
         if s == 'wikitext-2' and 'split' not in kwargs:
             return DatasetDict({k: load_text(s, k, **kwargs) for k in ('train', 'validation')})
         texts = load_text(s, **kwargs) if s and named else [s]
-    if isinstance(texts, (list, tuple)): texts = Dataset.from_dict(dict(text=list(texts)))
+    if isinstance(texts, (list, tuple)): texts = _docs(list(texts))
     if isinstance(texts, dict):
         if not {'train', 'validation'} <= set(texts): raise ValueError(
             f"expected the splits 'train' and 'validation', got {sorted(texts)}; pass one of them to have it divided")
@@ -263,7 +268,7 @@ def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
     if max_docs is None and max_tokens is None: return texts
     return _take(texts if isinstance(texts, IterableDataset) else texts.to_iterable_dataset(), tok, max_docs, max_tokens)
 
-# %% ../nbs/08_data.ipynb #c0068
+# %% ../nbs/08_data.ipynb #c0069
 def _sides(texts, valid, seed):
     "(documents, borders, lengths) for training and for validation, and a key for what they hold"
     both = list(texts.values()) if isinstance(texts, dict) else [texts]
@@ -275,7 +280,7 @@ def _sides(texts, valid, seed):
     if not 0 < valid < 1: raise ValueError(f"valid={valid}: the share of the text that is held out lies between 0 and 1, as 0.1")
     return [(both[0], _borders(both[0], lens[0], valid, seed), lens[0])]*2, [*key, valid, seed]
 
-# %% ../nbs/08_data.ipynb #c0069
+# %% ../nbs/08_data.ipynb #c0070
 def lm_dataset(
     texts,            # Dataset, list of documents, a string (one document), or a name for `load_text`
     tokenizer,        # Any transformers tokenizer with an end-of-text token
@@ -299,7 +304,7 @@ def lm_dataset(
     return DatasetDict({k: _blocks(k, sides, [*key, dedup, _tok_key(tokenizer)], tokenizer, block_size, dedup, verbose)
                         for k in ('train', 'validation')})
 
-# %% ../nbs/08_data.ipynb #c0070
+# %% ../nbs/08_data.ipynb #c0071
 def _blocks(split, sides, key, tok, block_size, dedup, verbose):
     "One split of `lm_dataset`"
     docs, borders, lens = sides[split == 'validation']

@@ -1,0 +1,186 @@
+"""The architecture matrix: every promise that must hold bit for bit, on tiny random decoders, in float32 and bfloat16.
+
+`pytest tests/test_matrix.py -k llama` runs one architecture; `-k "llama and causal"` one promise on it.
+"""
+import copy
+
+import pytest
+import torch
+from sentinel_ai import (adapt, gate_values, harden_gates, head_map, merge_gates, random_model, set_gates, unadapt, unmerge_gates,
+                         GateConfig, UnsupportedArchitecture)
+from sentinel_ai.heads import core_linear, in_dim, probe
+
+SEED = ['gpt2', 'opt', 'bloom', 'gpt_neox', 'llama']
+LISTED = ['mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text', 'phi', 'phi3', 'falcon', 'gptj', 'gpt_neo', 'codegen', 'mpt',
+          'stablelm', 'olmo2', 'granite', 'smollm3', 'cohere', 'starcoder2', 'gpt_bigcode']
+MORE = ['afmoe', 'apertus', 'arcee', 'bart', 'biogpt', 'bitnet', 'cohere2', 'ctrl', 'deepseek_v2', 'deepseek_v3', 'diffllama', 'ernie4_5',
+        'exaone4', 'gemma', 'glm', 'glm4', 'gpt_oss', 'gptj', 'granitemoe', 'helium', 'jamba', 'lfm2', 'longcat_flash', 'minicpm3', 'minimax',
+        'mixtral', 'modernbert-decoder', 'moshi', 'nemotron_h', 'olmo', 'olmoe', 'openai-gpt', 'persimmon', 'phimoe', 'qwen2_moe',
+        'qwen3_moe', 'qwen3_next', 'recurrent_gemma', 'seed_oss', 'vaultgemma', 'xglm', 'bert', 'roberta']
+VARIANTS = {'falcon-new': ('falcon', dict(new_decoder_architecture=True, num_kv_heads=2)), 'falcon-mha': ('falcon', dict(multi_query=False)),
+            'falcon-alibi': ('falcon', dict(alibi=True)), 'bigcode-mha': ('gpt_bigcode', dict(multi_query=False)),
+            'opt-post-norm': ('opt', dict(do_layer_norm_before=False, word_embed_proj_dim=16)), 'neox-parallel': ('gpt_neox', dict(use_parallel_residual=False)),
+            'llama-mqa': ('llama', dict(num_key_value_heads=1)), 'llama-eager': ('llama', dict(attn_implementation='eager')),
+            'gpt2-untied': ('gpt2', dict(tie_word_embeddings=False)), 'llama-wide-heads': ('llama', dict(head_dim=16))}
+ALL = [*SEED, *LISTED, *dict.fromkeys(m for m in MORE if m not in LISTED), *VARIANTS]
+LISTED_ALL = SEED + LISTED + list(VARIANTS)
+DTYPES = [torch.float32, torch.bfloat16]
+# A norm over the full width of q and k (or of the heads' output) mixes heads before or after the softmax, so disturbing one head's
+# rows reaches others; DOGE's mask is made from all values. Gates are exact on these, but rows of theirs aren't independent.
+COUPLED = {'olmo2': 'qk', 'olmoe': 'qk', 'bitnet': 'qkv'}
+
+IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29, 62, 14, 7, 50]])
+
+
+def build(name, dtype=torch.float32, seed=0):
+    mt, kw = VARIANTS.get(name, (name, {}))
+    return random_model(mt, seed=seed, dtype=dtype, **kw)
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **kw): return model(ids, **kw).logits
+
+
+def greedy(model, ids=IDS, **kw): return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **kw)
+
+
+def quarter(model, seed=0):
+    "A table that closes about a quarter of the heads, unevenly, at least one."
+    hm = head_map(model)
+    t = hm.table()
+    pick = torch.rand(t.shape, generator=torch.Generator().manual_seed(seed)) < .25
+    first = next(iter(hm))
+    pick[first.layer, first.n_heads-1] = True
+    return torch.where(t.isnan(), t, torch.where(pick, 0., 1.))
+
+
+def zero_columns(model, hm, table):
+    "What closing heads means, on the plain model: the columns of the output projection are zeroed."
+    with torch.no_grad():
+        for s in hm:
+            lin = core_linear(s.out)
+            for h in range(s.n_heads):
+                if table[s.layer, h] == 0: (lin.weight[s.cols(h)] if in_dim(lin) == 0 else lin.weight[:, s.cols(h)]).zero_()
+    return model
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('name', ALL)
+def test_open_gates_change_nothing(name, dtype):
+    model = build(name, dtype)
+    cls, sd, want = type(model), {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    assert adapt(model) is model and isinstance(model, cls) and type(model) is not cls
+    assert torch.equal(logits(model), want)
+    unadapt(model)
+    assert type(model) is cls and torch.equal(logits(model), want)
+    assert model.state_dict().keys() == sd.keys() and all(torch.equal(v, sd[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('name', ALL)
+def test_closed_gates_equal_zeroed_columns(name, dtype):
+    model = build(name, dtype)
+    plain, table = copy.deepcopy(model), quarter(model)
+    set_gates(adapt(model), table)
+    assert torch.equal(logits(model), logits(zero_columns(plain, head_map(plain), table)))
+    assert not torch.equal(logits(model), logits(unadapt(model))), 'closing heads had no effect'
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_causal(name):
+    "Changing a later token never changes earlier logits: plain, adapted and with heads closed."
+    model, later = build(name), IDS.clone()
+    later[:, 7:] = later[:, 7:].flip(1)
+    tol = 0. if 'moe' not in name else 1e-6  # batched experts sum in an order that depends on routing
+    if (logits(model)[:, :7] - logits(model, later)[:, :7]).abs().max() > 1e-5: pytest.skip('the plain model itself is not causal')
+    for table in (1., quarter(model)):
+        set_gates(adapt(model), table)
+        diff = (logits(model)[:, :7] - logits(model, later)[:, :7]).abs().max()
+        assert diff <= max(tol, 1e-6), f'a later token moved an earlier logit by {diff:.1e}'
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_generate(name):
+    "Greedy generation with the KV cache: the same tokens with open gates; with closed ones those of the zeroed model."
+    model = build(name)
+    want, table = greedy(model), quarter(model)
+    zeroed = greedy(zero_columns(copy.deepcopy(model), head_map(model), table))
+    assert torch.equal(greedy(adapt(model)), want)
+    assert torch.equal(greedy(set_gates(model, table)), zeroed)
+
+
+@pytest.mark.parametrize('name', LISTED_ALL)
+def test_generate_variants(name):
+    "Left padding, sampling with a seed and beam search give the plain model's tokens."
+    model = build(name)
+    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+
+    def runs():
+        torch.manual_seed(0)
+        sampled = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=None)
+        return sampled, greedy(model, ids, attention_mask=mask), greedy(model, num_beams=2)
+    want = runs()
+    adapt(model)
+    for a, b in zip(want, runs()): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('name', SEED + ['mistral', 'qwen3', 'phi3'])
+def test_assisted_generation(name):
+    model, draft = build(name), build(name, seed=1)
+    want = greedy(model, assistant_model=draft)
+    assert torch.equal(want, greedy(model))
+    assert torch.equal(greedy(adapt(model), assistant_model=adapt(draft)), want)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_gradients_reach_every_gate(name):
+    model = adapt(build(name), GateConfig('learned')).train()
+    model(IDS, labels=IDS).loss.backward()
+    for s in model.sentinel_map:
+        g = s.attn.sentinel.gate.grad
+        assert g is not None and g.isfinite().all() and (g != 0).all(), f'layer {s.layer}: gradient {g}'
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_merge_and_back(name):
+    model = adapt(build(name))
+    table = quarter(model)
+    table[next(iter(model.sentinel_map)).layer, 0] = .37
+    want = logits(set_gates(model, table))
+    weights = [core_linear(s.out).weight.clone() for s in model.sentinel_map]
+    torch.testing.assert_close(logits(merge_gates(model)), want, rtol=1e-4, atol=1e-4)
+    assert not any(s.out._forward_pre_hooks for s in model.sentinel_map)
+    unmerge_gates(model)
+    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel_map, weights))
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_map_matches_the_arithmetic(name):
+    "Disturbing the rows that the map calls a head's reaches exactly that head's (for k and v: its group's) slice."
+    model = build(name)
+    for site in {s.layout: s for s in head_map(model)}.values():
+        for h in range(site.n_heads):
+            for part in 'qkv':
+                try: got = probe(model, site, part, h)
+                except UnsupportedArchitecture: continue  # latent or differential attention has no rows of its own
+                g = h // site.group * site.group
+                want = [h] if part == 'q' else list(range(g, g + site.group))
+                if part in COUPLED.get(name, ''): assert got[want].all()
+                else: assert got.nonzero().flatten().tolist() == want, f'{part} of head {h}'
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'opt', 'bloom', 'gpt_neox', 'llama', 'deepseek_v3', 'qwen3_next'])
+def test_learning_then_hardening_meets_the_budget(name):
+    model = adapt(build(name), GateConfig('hard_concrete', sparsity=.5))
+    assert torch.equal(logits(model), logits(unadapt(copy.deepcopy(model))))  # starts open
+    harden_gates(model)
+    v = gate_values(model)
+    assert int((v == 0).sum()) == round(.5*head_map(model).n_heads)
+    assert set(v[~v.isnan()].tolist()) == {0., 1.}
+
+
+@pytest.mark.parametrize('name', ['mamba', 'falcon_mamba', 'rwkv'])
+def test_models_without_attention_are_refused(name):
+    with pytest.raises(UnsupportedArchitecture, match='no attention module'): adapt(random_model(name))
