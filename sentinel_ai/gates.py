@@ -124,6 +124,10 @@ class AdaptiveMixin:
                 if s.tap[0] is not site.out: _attach(s, site.out)
             elif not torch.compiler.is_compiling() and s.gate._version != s.seen: _check_folded(s, site.layer)
 
+    def _get_name(self):
+        "The base class's name: tools such as the Trainer's label smoothing recognise a causal model by it."
+        return _base_class(self).__name__
+
     def __reduce_ex__(self, protocol):
         "Pickle and deepcopy by rebuilding the on-the-fly class from the class it extends."
         _, (cls, *args), *rest = super().__reduce_ex__(protocol)

@@ -31,7 +31,7 @@ _SHRINK_MORE = dict(  # what a single architecture needs besides
     bamba=dict(attn_layer_indices=[1]), recurrent_gemma=dict(block_types=('recurrent', 'attention')),
     qwen3_next=dict(num_hidden_layers=4), qwen3_5_text=dict(num_hidden_layers=4), qwen3_5_moe_text=dict(num_hidden_layers=4),
     granitemoehybrid=dict(layer_types=['mamba', 'attention']), nemotron_h=dict(mamba_num_heads=8, mamba_head_dim=8),
-    is_decoder=dict(is_decoder=True),
+    is_decoder=dict(is_decoder=True), deepseek_v2=dict(topk_group=1, num_experts_per_tok=2),
     gemma2=dict(sliding_window=16), gemma3_text=dict(sliding_window=16), mistral=dict(sliding_window=16))
 
 # %% ../nbs/00_heads.ipynb #c0006

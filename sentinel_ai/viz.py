@@ -88,7 +88,7 @@ def plot_open(
     for y, what, style in (((g > 0).sum((1, 2))/n, 'open heads', '-'), (np.nansum(g, (1, 2))/n, 'mean gate', ':')):
         ax.plot(steps, y, style, color=COLORS['line'], lw=1.6, label=what)
     ax.legend(fontsize=8, frameon=False, loc='lower left')
-    return _look(ax, xlabel='step', ylabel='share', ylim=(0, 1.05), xlim=_span(steps))
+    return _look(ax, xlabel='step', ylabel='share', ylim=(0, 1.05), yticks=(0, .5, 1), xlim=_span(steps))
 
 def _steps(gates, steps):
     steps = np.asarray(steps, dtype=float)
