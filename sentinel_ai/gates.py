@@ -10,10 +10,11 @@ __all__ = ['MODES', 'GateConfig', 'hard_concrete', 'open_prob', 'Sentinel', 'Ada
 # %% ../nbs/01_gates.ipynb #c0002
 import copyreg, functools, math, warnings, torch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .heads import UNITS, AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
 
 # %% ../nbs/01_gates.ipynb #c0007
@@ -49,10 +50,10 @@ MODES = ('static', 'learned', 'hard_concrete')
 
 # %% ../nbs/01_gates.ipynb #c0010
 def hard_concrete(
-    log_alpha:Float[Tensor, 'h'], # Location
+    log_alpha:Float[Tensor, ' h'], # Location
     beta:float=2/3, gamma:float=-.1, zeta:float=1.1, # Temperature and stretch
     sample:bool=True, # Draw u; otherwise the deterministic gate that is used at evaluation
-) -> Float[Tensor, 'h']:
+) -> Float[Tensor, ' h']:
     "Hard-concrete gates in [0, 1] (Louizos et al. 2018, equations 10 to 13)."
     if sample:
         u = torch.rand_like(log_alpha).clamp(1e-6, 1-1e-6)
@@ -61,9 +62,9 @@ def hard_concrete(
     return (s*(zeta-gamma) + gamma).clamp(0, 1)
 
 def open_prob(
-    log_alpha:Float[Tensor, 'h'], # Location
+    log_alpha:Float[Tensor, ' h'], # Location
     beta:float=2/3, gamma:float=-.1, zeta:float=1.1, # Temperature and stretch
-) -> Float[Tensor, 'h']:
+) -> Float[Tensor, ' h']:
     "P(z ≠ 0) = σ(log α − β log(−γ/ζ)), the expected L0 of a gate (Louizos et al. 2018, equation 12)."
     return torch.sigmoid(log_alpha - beta*math.log(-gamma/zeta))
 
@@ -83,14 +84,14 @@ class Sentinel(nn.Module):
         for b in ('kept', 'folded'): self.register_buffer(b, None, persistent=False) # of `merge_gates`: old columns, the gates
         self.tap = self.seen = None   # (projection, hook handle); version of `gate` last seen equal to `folded`
 
-    def forward(self, sample:bool=None) -> Float[Tensor, 'h']:
+    def forward(self, sample:bool=None) -> Float[Tensor, ' h']:
         "The gates in force; `sample` draws hard-concrete noise (default: while training)."
         c = self.config
         if c.mode == 'learned': return self.gate + (self.gate.clamp(0, 1) - self.gate).detach()
         if c.mode == 'static': return self.gate
         return self.gate * hard_concrete(self.log_alpha, c.beta, c.gamma, c.zeta, self.training if sample is None else sample)
 
-    def prob(self) -> Float[Tensor, 'h']:
+    def prob(self) -> Float[Tensor, ' h']:
         "Probability that each head is open: what a budget counts. Deterministic and differentiable."
         c = self.config
         if c.mode == 'hard_concrete': return open_prob(self.log_alpha, c.beta, c.gamma, c.zeta) * (self.gate != 0)
@@ -124,10 +125,6 @@ class AdaptiveMixin:
                 if s.tap[0] is not site.out: _attach(s, site.out)
             elif not torch.compiler.is_compiling() and s.gate._version != s.seen: _check_folded(s, site.layer)
 
-    def _get_name(self):
-        "The base class's name: tools such as the Trainer's label smoothing recognise a causal model by it."
-        return _base_class(self).__name__
-
     def __reduce_ex__(self, protocol):
         "Pickle and deepcopy by rebuilding the on-the-fly class from the class it extends."
         _, (cls, *args), *rest = super().__reduce_ex__(protocol)
@@ -160,7 +157,9 @@ def adaptive_class(
     def forward(self, *args, **kwargs):
         self._sync()
         return base.forward(self, *args, **kwargs)
-    return type(f'Adaptive{base.__name__}', (AdaptiveMixin, base), dict(forward=forward, __module__=__name__, __doc__=base.__doc__))
+    name = f'Adaptive{base.__name__}'
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f'adaptive:{base.__name__}'] = name   # by it pipelines and the Trainer know a causal model
+    return type(name, (AdaptiveMixin, base), dict(forward=forward, __module__=__name__, __doc__=base.__doc__))
 
 # %% ../nbs/01_gates.ipynb #c0021
 def adapt(
@@ -234,7 +233,9 @@ class AttnView:
     def __init__(self, site:AttnSite): # The layer's entry in the head map
         self.module, self.num_heads, self.num_kv_heads, self.head_dim = site.attn, site.n_heads, site.n_kv_heads, site.head_dim
     @property
-    def gate(self) -> nn.Parameter: "The gates, `[h]`: the parameter itself, to read or to change in place under `torch.no_grad()`"; return self.module.sentinel.gate
+    def gate(self) -> nn.Parameter:
+        "The gates, `[h]`: the parameter itself, to read or to change in place under `torch.no_grad()`."
+        return self.module.sentinel.gate
     @gate.setter
     def gate(self, value):
         with torch.no_grad(): self.gate.copy_(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
@@ -256,7 +257,8 @@ class Blocks(Sequence):
 
 def _check_gates(value, what):
     t = torch.as_tensor(value, dtype=torch.float32)
-    if not bool(((t >= 0) & (t <= 1)).all()): raise ValueError(f'{what}: {t[~((t >= 0) & (t <= 1))][0].item():g} is not allowed; a gate is 0 (closed) to 1 (open)')
+    bad = t[~((t >= 0) & (t <= 1))]
+    if bad.numel(): raise ValueError(f'{what}: {bad[0].item():g} is not allowed; a gate is 0 (closed) to 1 (open)')
     return t
 
 # %% ../nbs/01_gates.ipynb #c0029
@@ -284,7 +286,8 @@ def set_gates(
             new[l, h] = _check_gates(v, f'layer {l} head {h}')
     else:
         t = torch.as_tensor(values, dtype=torch.float32).cpu()
-        if t.ndim and t.shape != hm.shape: raise ValueError(f'a table of shape {tuple(t.shape)} was given; this model needs {tuple(hm.shape)} (layers, heads)')
+        if t.ndim and t.shape != hm.shape:
+            raise ValueError(f'a table of shape {tuple(t.shape)} was given; this model needs {tuple(hm.shape)} (layers, heads)')
         _check_gates(t[~t.isnan()], 'gates')
         new = t.expand(hm.shape)
     for s in hm:
@@ -306,7 +309,8 @@ def closed_share(
         part = a*p.sum() + b*kv.sum()
         open_ = open_ + (part if not isinstance(open_, Tensor) else part.to(open_.device))
         total += a*s.n_heads + b*s.n_kv_heads
-    if not total: raise ValueError(f"unit {unit or m.sentinel_config.unit!r} counts nothing on {m.sentinel_map.model_type} (its cache isn't kept per head); use 'heads' or 'params'")
+    if not total: raise ValueError(f"unit 'kv_bytes' counts nothing on {m.sentinel_map.model_type}, whose cache isn't kept per head; "
+                                   "use 'heads' or 'params'")
     return 1 - open_/total
 
 # %% ../nbs/01_gates.ipynb #c0046
@@ -388,11 +392,23 @@ def _columns(lin, site):
 
 def _mergeable(site):
     s, lin = site.attn.sentinel, core_linear(site.out)
-    if site.out is not lin and hasattr(site.out, 'base_layer'): raise RuntimeError(f'layer {site.layer}: {site.out_name} is wrapped by an adapter ({type(site.out).__name__}); merge_and_unload() it first')
-    if s.config.mode != 'static': raise RuntimeError(f"layer {site.layer}: gates of mode {s.config.mode!r} are still being learned; harden_gates(model) first")
+    where = f'layer {site.layer}: '
+    if site.out is not lin and hasattr(site.out, 'base_layer'):
+        raise RuntimeError(f'{where}{site.out_name} is wrapped by an adapter ({type(site.out).__name__}); merge_and_unload() it first')
+    if s.config.mode != 'static':
+        raise RuntimeError(f'{where}gates of mode {s.config.mode!r} are still being learned; harden_gates(model) first')
     if lin.weight.is_meta or not lin.weight.is_floating_point(): raise RuntimeError(
-        f'layer {site.layer}: {site.out_name}.weight is {lin.weight.dtype} on {lin.weight.device}; gates fold only into float weights that are in memory')
+        f'{where}{site.out_name}.weight is {lin.weight.dtype} on {lin.weight.device}; gates fold only into float weights in memory')
     return s, lin
+
+def _check_tied(todo):
+    "Layers that share one weight (Zamba) can fold only if no gate has to be folded."
+    tied = {}
+    for site, s, lin in todo: tied.setdefault(id(lin.weight), []).append((site.layer, bool((s.gate != 1).any())))
+    for layers in tied.values():
+        if len(layers) > 1 and any(c for _, c in layers): raise RuntimeError(
+            f'layers {[l for l, _ in layers]} share one output projection, so gates of one layer would be folded into the others; '
+            'keep these gates in place, or set them to 1 before merging')
 
 @torch.no_grad()
 def merge_gates(
@@ -400,8 +416,9 @@ def merge_gates(
 ) -> nn.Module: # The same model
     "Fold the gates into the output projections. Raises before anything is changed if one can't be folded."
     m = _need_adaptive(model)
-    for site, (s, lin) in [(site, _mergeable(site)) for site in m.sentinel_map]:
-        if s.folded is not None: continue
+    todo = [(site, *_mergeable(site)) for site in m.sentinel_map if site.attn.sentinel.folded is None]
+    _check_tied(todo)
+    for site, s, lin in todo:
         changed, W = s.gate != 1, _columns(lin, site)
         s.kept, s.folded, s.seen = W[changed].clone(), s.gate.detach().clone(), s.gate._version
         W[changed] = s.kept * s.gate[changed].to(W)[:, None, None]

@@ -66,7 +66,8 @@ def random_model(
     from transformers import AutoModelForCausalLM
     cfg = random_config(model_type, **kwargs)
     with torch.device('meta'): n = sum(p.numel() for p in AutoModelForCausalLM.from_config(cfg).parameters())
-    if n > max_params: raise ValueError(f'{model_type}: {n:,} parameters; raise max_params={max_params:,} or shrink its config by keyword')
+    if n > max_params:
+        raise ValueError(f'{model_type}: {n:,} parameters; raise max_params={max_params:,} or shrink its config by keyword')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(cfg)
@@ -94,10 +95,16 @@ class AttnSite:
     shared_by: tuple = ()     # Other layers' paths that run this very module
 
     @property
-    def out(self) -> nn.Module: "The outermost module at the output projection's path (a LoRA wrapper, if there is one)"; return self.attn.get_submodule(self.out_name)
+    def out(self) -> nn.Module:
+        "The outermost module at the output projection's path (a LoRA wrapper, if there is one)."
+        return self.attn.get_submodule(self.out_name)
     @property
-    def group(self) -> int: "Query heads that share one key/value head"; return self.n_heads // self.n_kv_heads
-    def cols(self, head:int) -> slice: "The slice of the output projection's input that is `head`'s"; return slice(head*self.head_dim, (head+1)*self.head_dim)
+    def group(self) -> int:
+        "Query heads that share one key/value head."
+        return self.n_heads // self.n_kv_heads
+    def cols(self, head:int) -> slice:
+        "The slice of the output projection's input that is `head`'s."
+        return slice(head*self.head_dim, (head+1)*self.head_dim)
 
 # %% ../nbs/00_heads.ipynb #c0015
 def _per(w:int, n:int): return torch.arange(w*n).view(n, w)
@@ -179,12 +186,11 @@ ARCHS = {
 
 def register_arch(
     name:str, # Class name of the attention module, such as `'MyAttention'`
-    facts, # Function from that module to a dict with any of `out_name`, `proj`, `layout`, `n_heads`, `n_kv_heads`, `head_dim`
+    facts, # Function from that module to a dict with any of `out_name`, `proj`, `layout`, `n_heads`, `n_kv_heads`
 ):
-    "Teach `head_map` an architecture that generic detection can't read. Returns `facts`, so it works as a decorator's inner part too."
+    "Teach `head_map` an architecture that generic detection can't read. Raises `TypeError` if `facts` can't be called."
     if not callable(facts): raise TypeError(f'facts is a {type(facts).__name__}; pass a function from the attention module to a dict')
     ARCHS[name] = facts
-    return facts
 
 # %% ../nbs/00_heads.ipynb #c0023
 def _first(o, names): return next((v for n in names if isinstance(v := getattr(o, n, None), int) and v > 0), None)
@@ -206,7 +212,7 @@ def _read_site(model, path, attn, layer):
     n = facts.get('n_heads') or _first(inner, _HEADS) or (width//d if d else None) or _first(cfg, _HEADS)
     if not n or width % n: raise UnsupportedArchitecture(
         f'{path} ({type(attn).__name__}): {out_name} takes {width} inputs, which {n} heads do not divide; looked for {_HEADS} on the '
-        f"module and its config. Say what is right: register_arch({type(attn).__name__!r}, lambda attn: dict(n_heads=..., head_dim=...))")
+        f"module and its config. Say what is right: register_arch({type(attn).__name__!r}, lambda attn: dict(n_heads=...))")
     return AttnSite(layer, path, attn, out_name, proj, layout, n, _n_kv(inner, attn, facts, proj, layout, n, cfg), width//n)
 
 def _n_kv(inner, attn, facts, proj, layout, n, cfg):
@@ -246,7 +252,8 @@ def _stacks(paths, model):
     res = {}
     for p in paths:
         parts = p.split('.')
-        i = next((i for i in range(1, len(parts)) if parts[i].isdigit() and isinstance(model.get_submodule('.'.join(parts[:i])), nn.ModuleList)), None)
+        is_list = lambda i: parts[i].isdigit() and isinstance(model.get_submodule('.'.join(parts[:i])), nn.ModuleList)
+        i = next(filter(is_list, range(1, len(parts))), None)
         if i is None: i, key, idx = 0, '', 0
         else: key, idx = '.'.join(parts[:i]), int(parts[i])
         res.setdefault(key, {}).setdefault(idx, []).append(p)
@@ -292,15 +299,20 @@ def base_model(model:nn.Module) -> nn.Module: # The transformers model inside
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
     return getattr(model, '_orig_mod', None) or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
 
+_BOTH_WAYS = 'bert|electra|ernie$|roformer|reformer|big_bird|data2vec|xmod'
+
 def check_decoder(model:nn.Module):
     "Raise unless `model` is a causal decoder with a config and a language-model head."
     cfg = getattr(model, 'config', None)
-    if not hasattr(cfg, 'get_text_config'): raise TypeError(f'{type(model).__name__} is not a transformers model: it has no config; load one with AutoModelForCausalLM')
-    if getattr(cfg, 'is_encoder_decoder', False) and not type(model).__name__.endswith('ForCausalLM'):
-        raise UnsupportedArchitecture(f'{type(model).__name__} is an encoder-decoder; only decoder-only causal language models are supported')
-    if getattr(cfg, 'is_decoder', None) is False and re.search(r'bert|electra|ernie|roformer|reformer|big_bird|data2vec|xmod|camembert', cfg.model_type):
-        raise UnsupportedArchitecture(f'{type(model).__name__} with is_decoder=False reads both ways (an encoder); set config.is_decoder=True before loading to make it causal')
-    if model.get_output_embeddings() is None: raise UnsupportedArchitecture(f'{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM')
+    name = type(model).__name__
+    if not hasattr(cfg, 'get_text_config'):
+        raise TypeError(f'{name} is not a transformers model: it has no config; load one with AutoModelForCausalLM')
+    if getattr(cfg, 'is_encoder_decoder', False) and not re.search('ForCausalLM', name):
+        raise UnsupportedArchitecture(f'{name} is an encoder-decoder; only decoder-only causal language models are supported')
+    if getattr(cfg, 'is_decoder', None) is False and re.search(_BOTH_WAYS, cfg.model_type): raise UnsupportedArchitecture(
+        f'{name} with is_decoder=False reads both ways (an encoder); set config.is_decoder=True before loading to make it causal')
+    if model.get_output_embeddings() is None:
+        raise UnsupportedArchitecture(f'{name} has no language-model head; load it with AutoModelForCausalLM')
 
 # %% ../nbs/00_heads.ipynb #c0032
 UNITS = ('heads', 'params', 'kv_bytes')
@@ -313,14 +325,16 @@ def head_cost(
     if unit not in UNITS: raise ValueError(f'unit {unit!r} is not one of {UNITS}')
     lin = {p: core_linear(site.attn.get_submodule(n)) for p, n in site.proj.items()}
     out = core_linear(site.out)
-    share = lambda p, n: (lin[p].weight.numel() + (lin[p].bias.numel() if getattr(lin[p], 'bias', None) is not None else 0)) / n if p in lin else 0
+    size = lambda m: m.weight.numel() + (m.bias.numel() if getattr(m, 'bias', None) is not None else 0)
+    share = lambda p, n: size(lin[p])/n if p in lin else 0
     if unit == 'heads': return 1., 0.
     if unit == 'kv_bytes':
         if site.layout == 'mla' or 'k' not in site.proj: return 0., 0.
         d = site.head_dim if site.layout != 'separate' else out_features(lin['k'])//site.n_kv_heads
         return 0., float((d + site.head_dim) * out.weight.element_size())
     o = out.weight.numel() / site.n_heads
-    if site.layout in ('separate', 'other'): return o + share('q', site.n_heads), share('k', site.n_kv_heads) + share('v', site.n_kv_heads)
+    if site.layout in ('separate', 'other'):
+        return o + share('q', site.n_heads), share('k', site.n_kv_heads) + share('v', site.n_kv_heads)
     if site.layout == 'mla': return o + share('q', site.n_heads) + share('k', site.n_heads), 0.
     r = share('q', site.n_heads + 2*site.n_kv_heads)
     return o + r, 2*r
@@ -348,15 +362,17 @@ def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, 
         else: rows.append((key, [l]))
     span = lambda ls: str(ls[0]) if len(ls) == 1 else f'{ls[0]}–{ls[-1]}'
     cost = lambda l: (lambda a, b: a*self[l].n_heads + b*self[l].n_kv_heads)(*head_cost(self[l]))
-    return [(span(ls), k[0], *k[1:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0') for k, ls in rows]
+    line = lambda k, ls: (span(ls), *k[:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0')
+    return [line(k, ls) for k, ls in rows]
 
 # %% ../nbs/00_heads.ipynb #c0036
 @patch
 def _repr_markdown_(self:HeadMap):
     head = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
     lines = [' | '.join(map(str, r)) for r in (head, ('---',)*7, *self.coverage())]
-    n = self.head_params()
-    tail = f'\n\n{self.model_type}: {self.n_heads} heads in {sum(1 for _ in self)} of {len(self)} layers hold {n:,} of {self.n_params:,} parameters ({n/self.n_params:.0%}).'
+    n, with_heads = self.head_params(), sum(1 for _ in self)
+    tail = (f'\n\n{self.model_type}: {self.n_heads} heads in {with_heads} of {len(self)} layers hold {n:,} of {self.n_params:,} '
+            f'parameters ({n/self.n_params:.0%}).')
     shared = [f'{p} runs the module of layer {s.layer}' for s in self for p in s.shared_by]
     left = [f'{p} ({why})' for p, why in self.unmapped.items()]
     for what, x in (('Shared', shared), ('Not mapped', left)):
@@ -376,7 +392,7 @@ def probe(
     site:AttnSite, # One of its attention layers
     part:str, # 'q', 'k' or 'v'
     head:int, # A query head
-) -> Bool[Tensor, 'h']:
+) -> Bool[Tensor, ' h']:
     "Which heads' slices change when the rows that the map gives for `part` of `head` are disturbed (and put back)?"
     ids, seen = torch.arange(12)[None] + 3, []
     hook = site.out.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach().clone()))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from .heads import UnsupportedArchitecture, base_model, check_decoder
-from .gates import GateConfig, adapt, is_adaptive
+from .gates import GateConfig, adapt
 
 # %% ../nbs/07_loaders.ipynb #c0005
 _MODELS = Path(__file__ if '__file__' in globals() else 'x').resolve().parent/'models'
@@ -44,6 +44,8 @@ def _near(p):
     return f'; did you mean {" or ".join(str(q/n) for n in near)}?' if near else ''
 
 # %% ../nbs/07_loaders.ipynb #c0010
+_NO_NETWORK = {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectError', 'ConnectTimeout'}
+
 @contextmanager
 def explain(
     name:str, # The name as the user gave it
@@ -57,17 +59,19 @@ def explain(
         kinds, text = {k.__name__ for c in chain for k in type(c).__mro__}, ' '.join(map(str, chain))
         if any(getattr(c, 'errno', None) == errno.ENOSPC for c in chain):
             raise OSError(errno.ENOSPC, f'{name}: the disk is full; free some space or point HF_HOME at another disk') from e
-        if 'SafetensorError' in kinds: raise OSError(f'{name}: a weight file is damaged or cut off ({chain[-1]}); copy or download it again') from e
-        if kinds & {'GatedRepoError'}: raise PermissionError(f'{name} is a gated model of the Hub: accept its terms there and log in with `hf auth login`') from e
+        if 'SafetensorError' in kinds:
+            raise OSError(f'{name}: a weight file is damaged or cut off ({chain[-1]}); copy or download it again') from e
+        if 'GatedRepoError' in kinds:
+            raise PermissionError(f'{name} is a gated model of the Hub: accept its terms there and log in with `hf auth login`') from e
         if kinds & {'RepositoryNotFoundError', 'HFValidationError'}:
             near = difflib.get_close_matches(name, EMBEDDED, 1)
-            raise FileNotFoundError(f'{name}: no such model on the Hub and no such folder' + (f'; did you mean {near[0]!r}?' if near else f'; offline there are {", ".join(EMBEDDED)}')) from e
-        if kinds & {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectError', 'ConnectTimeout'} or re.search("couldn't connect|offline mode|cannot be reached", text.lower()):
+            tip = f'did you mean {near[0]!r}?' if near else f'offline there are {", ".join(EMBEDDED)}'
+            raise FileNotFoundError(f'{name}: no such model on the Hub and no such folder; {tip}') from e
+        if kinds & _NO_NETWORK or re.search("couldn't connect|offline mode|cannot be reached", text.lower()):
             raise ConnectionError(f'{name} is not on this machine and the Hub cannot be reached. Check the network (and HF_HUB_OFFLINE), '
                                   f'give a local folder, or use an embedded model: {", ".join(EMBEDDED)}') from e
-        if 'ImportError' in kinds and 'gguf' in text.lower(): raise ImportError("reading a GGUF file needs the package gguf: pip install 'sentinel-ai[gguf]'") from e
-        if 'nrecognized configuration class' in text: raise UnsupportedArchitecture(
-            f'{name} is not a causal decoder: {re.search(r"class .(.*?Config)", text).group(1).split(".")[-1]} has no model with a causal language-model head') from e
+        if 'ImportError' in kinds and 'gguf' in text.lower():
+            raise ImportError("reading a GGUF file needs the package gguf: pip install 'sentinel-ai[gguf]'") from e
         raise
 
 # %% ../nbs/07_loaders.ipynb #c0013
@@ -78,7 +82,8 @@ def load_baseline_model(
 ) -> nn.Module: # In eval mode
     "A plain causal decoder of transformers."
     from transformers import AutoConfig, AutoModelForCausalLM
-    if device is not None and 'device_map' in kwargs: raise ValueError(f'both device={device!r} and device_map={kwargs["device_map"]!r} are given; give one')
+    if device is not None and 'device_map' in kwargs:
+        raise ValueError(f'both device={device!r} and device_map={kwargs["device_map"]!r} are given; give one')
     path, extra = resolve(model_name)
     if model_name in EMBEDDED: kwargs.setdefault('dtype', torch.float32)   # they are stored in half precision
     with explain(os.fspath(model_name)):
@@ -135,7 +140,8 @@ def load_adaptive_model(
     adapt(model, saved or config)
     if saved:
         own, lost = model.state_dict(), [k for k in model.state_dict() if '.sentinel.' in k and k not in tensors]
-        if lost: raise OSError(f'{model_name}: config.json speaks of gates, but {len(lost)} are missing from the weights, the first {lost[0]!r}; the folder is incomplete')
+        if lost: raise OSError(f'{model_name}: config.json speaks of gates, but {len(lost)} are missing from the weights, '
+                               f'the first {lost[0]!r}; the folder is incomplete')
         bad = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
         if bad: raise ValueError(f'{model_name}: gate {bad[0]!r} of shape {tuple(tensors[bad[0]].shape)} does not fit this model')
         model.load_state_dict(tensors, strict=False)
@@ -154,7 +160,8 @@ def _saved_gates(model_name, kwargs):
     cfg = json.loads(Path(find('config.json')).read_text()).get('sentinel')
     if cfg is None: return None, {}
     unknown = set(cfg) - set(GateConfig.__dataclass_fields__)
-    if unknown: raise ValueError(f'{model_name}: gate settings {sorted(unknown)} are not known to this version; it was saved by a newer one, so update sentinel_ai')
+    if unknown: raise ValueError(f'{model_name}: gate settings {sorted(unknown)} are not known to this version; '
+                                 'it was saved by a newer one, so update sentinel_ai')
     index = find('model.safetensors.index.json')
     files = sorted(set(json.loads(Path(index).read_text())['weight_map'].values())) if index else ['model.safetensors']
     tensors = {}

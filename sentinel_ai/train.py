@@ -15,7 +15,7 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from .heads import UNITS
-from .gates import (GateConfig, Sentinel, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
+from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
                                lowest, set_gates)
 
 # %% ../nbs/10_train.ipynb #c0005
@@ -24,8 +24,10 @@ class GateRun:
     "What is asked of the gates in a training run; everything else is in `TrainingArguments`."
     sparsity: float = field(default=.3, metadata=dict(help='share to close, 0 to 1'))
     unit: str = field(default='heads', metadata=dict(help="what the share counts: 'heads', 'params' or 'kv_bytes'"))
-    criterion: str = field(default='learned', metadata=dict(help="'learned': gates are trained; 'random': heads drawn at random are closed at the start (the control)"))
-    mode: str = field(default='hard_concrete', metadata=dict(help="how gates are learned: 'hard_concrete' or 'learned' (free values in [0, 1])"))
+    criterion: str = field(default='learned', metadata=dict(
+        help="'learned': gates are trained; 'random': heads drawn at random are closed at the start (the control)"))
+    mode: str = field(default='hard_concrete', metadata=dict(
+        help="how gates are learned: 'hard_concrete' or 'learned' (free values in [0, 1])"))
     learn: float = field(default=.5, metadata=dict(help='share of the steps in which gates are learned; the rest fine-tunes'))
     gate_lr: float = field(default=0., metadata=dict(help='learning rate of the gates; 0 ties it to the length of the run'))
 

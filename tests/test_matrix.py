@@ -19,7 +19,8 @@ MORE = ['afmoe', 'apertus', 'arcee', 'bart', 'biogpt', 'bitnet', 'cohere2', 'ctr
         'qwen3_moe', 'qwen3_next', 'recurrent_gemma', 'seed_oss', 'vaultgemma', 'xglm', 'bert', 'roberta']
 VARIANTS = {'falcon-new': ('falcon', dict(new_decoder_architecture=True, num_kv_heads=2)), 'falcon-mha': ('falcon', dict(multi_query=False)),
             'falcon-alibi': ('falcon', dict(alibi=True)), 'bigcode-mha': ('gpt_bigcode', dict(multi_query=False)),
-            'opt-post-norm': ('opt', dict(do_layer_norm_before=False, word_embed_proj_dim=16)), 'neox-parallel': ('gpt_neox', dict(use_parallel_residual=False)),
+            'opt-post-norm': ('opt', dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
+            'neox-sequential': ('gpt_neox', dict(use_parallel_residual=False)),
             'llama-mqa': ('llama', dict(num_key_value_heads=1)), 'llama-eager': ('llama', dict(attn_implementation='eager')),
             'gpt2-untied': ('gpt2', dict(tie_word_embeddings=False)), 'llama-wide-heads': ('llama', dict(head_dim=16))}
 ALL = [*SEED, *LISTED, *dict.fromkeys(m for m in MORE if m not in LISTED), *VARIANTS]
