@@ -27,7 +27,7 @@ class GateConfig:
     unit: str = 'heads'             # What the budget counts: 'heads', 'params' or 'kv_bytes'
     warmup: int = 0                 # Steps over which the budget's target rises linearly from 0
     l1: float = 1e-4                # Weight of the sum of gates when there is no budget
-    log_alpha: float = 3.           # First log α of a hard-concrete gate; at 2.4 and above the gate starts at exactly 1
+    log_alpha: float = 2.4          # First log α of a hard-concrete gate; at 2.4 and above the gate starts at exactly 1
     beta: float = 2/3               # Temperature of the hard concrete distribution
     gamma: float = -.1              # Its stretch to the left of 0
     zeta: float = 1.1               # and to the right of 1
@@ -346,10 +346,18 @@ def harden_gates(
     GateConfig('learned', sparsity=sparsity, unit=unit)                        # checks both
     scores = _scores(m) if scores is None else torch.as_tensor(scores).float()
     if scores.shape != hm.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(hm.shape)}')
-    values, close = gate_values(m), lowest(hm, scores, sparsity, unit) if sparsity is not None else scores < .5
+    values, close = _kept_values(m), lowest(hm, scores, sparsity, unit) if sparsity is not None else scores < .5
     adapt(m, GateConfig(dtype=c.dtype))
     set_gates(m, torch.where(close, 0., values))
     return model
+
+def _kept_values(m):
+    "The gates; where one that was learned is 0, its probability of being open, for heads that the budget keeps all the same."
+    t = gate_values(m)
+    for s in m.sentinel_map:
+        v, sent = t[s.layer, :s.n_heads], s.attn.sentinel
+        if hasattr(sent, 'log_alpha'): v.copy_(torch.where((v == 0) & (sent.gate != 0).cpu(), sent.prob().float().cpu(), v))
+    return t
 
 def _scores(m):
     t = torch.full(m.sentinel_map.shape, math.nan)
@@ -384,7 +392,7 @@ def _whole_groups(close, hm):
     for s in hm: close[s.layer, :s.n_heads] = close[s.layer, :s.n_heads].view(-1, s.group).all(1).repeat_interleave(s.group)
     return close
 
-# %% ../nbs/01_gates.ipynb #c0059
+# %% ../nbs/01_gates.ipynb #c0060
 def _columns(lin, site):
     "The output projection's weight as `[h, d, out]`, a view."
     w = lin.weight
@@ -442,7 +450,7 @@ def unmerge_gates(
         _attach(s, site.out)
     return model
 
-# %% ../nbs/01_gates.ipynb #c0065
+# %% ../nbs/01_gates.ipynb #c0066
 def _save(model, save_directory, *args, **kwargs):
     cls, cfg, plain = type(model), model.config, is_merged(model)
     if plain:

@@ -190,7 +190,7 @@ def train_gates(
     callback = AdaptiveCallback(run.learn)
     trainer = AdaptiveTrainer(model, args, train_dataset=data['train'], eval_dataset=data['validation'],
                               processing_class=tokenizer, callbacks=[callback, *callbacks])
-    trainer.gate_lr = run.gate_lr or 12/learn
+    trainer.gate_lr = run.gate_lr or 6/learn
     before = _measured(trainer)
     if run.criterion == 'random': close_random(model, run.sparsity, run.unit, args.seed)
     closed = _measured(trainer) if not learned else None

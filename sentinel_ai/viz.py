@@ -87,7 +87,7 @@ def plot_open(
     n = (~np.isnan(g[0])).sum()
     for y, what, style in (((g > 0).sum((1, 2))/n, 'open heads', '-'), (np.nansum(g, (1, 2))/n, 'mean gate', ':')):
         ax.plot(steps, y, style, color=COLORS['line'], lw=1.6, label=what)
-    ax.legend(fontsize=8, frameon=False, loc='lower left')
+    ax.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, .95), ncols=2, borderpad=0)
     return _look(ax, xlabel='step', ylabel='share', ylim=(0, 1.05), yticks=(0, .5, 1), xlim=_span(steps))
 
 def _steps(gates, steps):
@@ -147,12 +147,13 @@ def plot_loss(
     if not any(c for _, c in curves): raise ValueError(
         f"the log has no 'loss' or 'eval_loss' beside a 'step'; its keys are {sorted({k for r in log for k in r}) or 'none'}. "
         'Give trainer.state.log_history of a run with logging_steps or eval_steps')
-    if ax is None: _, ax = plt.subplots(figsize=(6, 2.8), dpi=80)
+    if ax is None: _, ax = plt.subplots(figsize=(5, 2.2), dpi=80)
     for (k, c), color, what, style in zip(curves, (COLORS['line'], COLORS['other']), ('training', 'validation'), ('-', 'o-')):
         if c: ax.plot(*zip(*sorted(c)), style, color=color, lw=1.6, ms=4, label=what)
     if closed is not None:
         ax.axvline(closed, color='#404040', lw=1, ls='--')
-        ax.annotate(f'heads closed, step {closed:g}', (closed, 1), (3, -3), xycoords=('data', 'axes fraction'), textcoords='offset points', fontsize=8, va='top')
-    ax.legend(fontsize=8, frameon=False, loc='lower left')
-    ax.margins(y=.12)
+        ax.annotate(f'heads closed, step {closed:g}', (closed, 1), (3, -3), xycoords=('data', 'axes fraction'),
+                    textcoords='offset points', fontsize=8, va='top')
+    ax.legend(fontsize=8, frameon=False, loc='lower left', bbox_to_anchor=(0, .97), ncols=2, borderpad=0)
+    ax.margins(y=.15)
     return _look(ax, xlabel='step', ylabel='loss (nats per token)')

@@ -30,6 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # rows reaches others; DOGE's mask is made from all values. Gates are exact on these, but rows of theirs aren't independent.
 COUPLED = {'olmo2': 'qk', 'olmoe': 'qk', 'bitnet': 'qkv'}
 
+torch.set_num_threads(1)  # tiny matrices: a second thread only waits for the first
 IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29, 62, 14, 7, 50]])
 
 
@@ -92,12 +93,10 @@ def test_causal(name):
     "Changing a later token never changes earlier logits: plain, adapted and with heads closed."
     model, later = build(name), IDS.clone()
     later[:, 7:] = later[:, 7:].flip(1)
-    tol = 0. if 'moe' not in name else 1e-6  # batched experts sum in an order that depends on routing
-    if (logits(model)[:, :7] - logits(model, later)[:, :7]).abs().max() > 1e-5: pytest.skip('the plain model itself is not causal')
-    for table in (1., quarter(model)):
-        set_gates(adapt(model), table)
+    for table in (None, 1., quarter(model)):
+        if table is not None: set_gates(adapt(model), table)
         diff = (logits(model)[:, :7] - logits(model, later)[:, :7]).abs().max()
-        assert diff <= max(tol, 1e-6), f'a later token moved an earlier logit by {diff:.1e}'
+        assert diff <= 1e-6, f'a later token moved an earlier logit by {diff:.1e}'  # float rounding: batched sums differ in order
 
 
 @pytest.mark.parametrize('name', ALL)
