@@ -9,7 +9,7 @@ __all__ = ['TEXTS', 'load_text', 'lm_dataset']
 import difflib, hashlib, re
 from functools import cache
 from pathlib import Path
-from typing import Optional, Union
+from typing import Union
 
 # %% ../nbs/08_data.ipynb #c0004
 import datasets, numpy as np, pyarrow.compute as pc
@@ -108,14 +108,14 @@ def _remote_text(name, args, split, streaming, column):
     if name != 'wikitext-2' or isinstance(ds, IterableDataset): return ds
     return ds.map(_articles, batched=True, batch_size=None)
 
-# %% ../nbs/08_data.ipynb #c0046
+# %% ../nbs/08_data.ipynb #c0047
 def _cut_at(text, i):
     "The end of a paragraph, line or word at or before `i`, not further back than a tenth of the text"
     for sep in '\n\n', '\n', ' ':
         if (j := text.rfind(sep, max(1, i - len(text)//10), i)) > 0: return j + len(sep)
     return i
 
-# %% ../nbs/08_data.ipynb #c0047
+# %% ../nbs/08_data.ipynb #c0048
 def _borders(ds, lens, valid, seed):
     "For each document, the character at which its validation part begins"
     borders, want, have = np.array(lens), valid*sum(lens), 0
@@ -128,7 +128,7 @@ def _borders(ds, lens, valid, seed):
         borders[i] = _cut_at(ds[i]['text'], max(1, int(lens[i] - (want - have))))
     return borders.tolist()
 
-# %% ../nbs/08_data.ipynb #c0049
+# %% ../nbs/08_data.ipynb #c0050
 _PARA = re.compile(r'(\n[ \t]*\n)')
 def _paragraphs(text, least=40):
     "(paragraph, its words joined by single spaces or '' if shorter than `least`) for each paragraph and each gap"
@@ -136,7 +136,7 @@ def _paragraphs(text, least=40):
         k = ' '.join(p.split())
         yield p, k if len(k) >= least else ''
 
-# %% ../nbs/08_data.ipynb #c0052
+# %% ../nbs/08_data.ipynb #c0053
 class _Tokens:
     "Documents to token ids: the training or the validation side of the borders"
     def __init__(self, tok, borders, docs, train, dedup, piece=1_000_000):
@@ -176,7 +176,7 @@ class _Tokens:
                    if flat else [])
         return dict(input_ids=[[t for _ in ps for t in next(ids)] + [self.tok.eos_token_id] for ps in pieces])
 
-# %% ../nbs/08_data.ipynb #c0054
+# %% ../nbs/08_data.ipynb #c0055
 class _Packer:
     "Rows of token ids to rows of exactly `block_size`; what is left over is carried to the next batch"
     def __init__(self, block_size): self.n, self.rest = block_size, np.zeros(0, dtype=np.int64)
@@ -186,7 +186,7 @@ class _Packer:
         self.rest, rows = ids[whole:], ids[:whole].reshape(-1, self.n)
         return dict(input_ids=rows, labels=rows.copy())
 
-# %% ../nbs/08_data.ipynb #c0057
+# %% ../nbs/08_data.ipynb #c0058
 _LAYOUT = 1  # raise it when what a cached file holds changes
 
 def _cached(ds, f, key, desc, **kw):
@@ -197,7 +197,7 @@ def _cached(ds, f, key, desc, **kw):
     return ds.map(f, batched=True, remove_columns=ds.column_names, new_fingerprint=fp, desc=desc,
                   cache_file_name=str(folder/f'{fp}.arrow'), **kw)
 
-# %% ../nbs/08_data.ipynb #c0058
+# %% ../nbs/08_data.ipynb #c0059
 def _tok_key(tok):
     "What defines a tokenizer: not what was last asked of it (its truncation and padding)"
     if not getattr(tok, 'is_fast', False): return [type(tok).__name__, sorted(tok.get_vocab().items()), tok.eos_token]
@@ -205,12 +205,12 @@ def _tok_key(tok):
     d = json.loads(tok.backend_tokenizer.to_str())
     return [tok.eos_token, json.dumps(d | dict(truncation=None, padding=None), sort_keys=True)]
 
-# %% ../nbs/08_data.ipynb #c0059
+# %% ../nbs/08_data.ipynb #c0060
 def _n_tokens(ds):
     "Tokens in a column of lists, counted without reading them into Python"
     return pc.sum(pc.list_value_length(ds.data.column('input_ids'))).as_py() or 0
 
-# %% ../nbs/08_data.ipynb #c0061
+# %% ../nbs/08_data.ipynb #c0062
 def _context(tokenizer, model, max_length):
     "The longest input that is known to be safe, and who says so; None if nobody does"
     cfg = getattr(model, 'config', model)
@@ -220,7 +220,7 @@ def _context(tokenizer, model, max_length):
     said = {k: v for k, v in said.items() if isinstance(v, int) and 0 < v < 10**9}
     return min(said.items(), key=lambda kv: kv[1]) if said else (None, None)
 
-# %% ../nbs/08_data.ipynb #c0062
+# %% ../nbs/08_data.ipynb #c0063
 def _block_size(block_size, tokenizer, model, max_length):
     "`block_size` if it fits in the context; without one, the context, at most 512"
     who, most = _context(tokenizer, model, max_length)
@@ -230,12 +230,12 @@ def _block_size(block_size, tokenizer, model, max_length):
         f"block_size={block_size} is longer than the context: {who} is {most}. Use a block_size from 2 to {most}")
     return block_size
 
-# %% ../nbs/08_data.ipynb #c0065
+# %% ../nbs/08_data.ipynb #c0066
 def _docs(texts):
     "A list of strings as a data set"
     return Dataset.from_dict(dict(text=texts), features=Features(text=Value('string')))
 
-# %% ../nbs/08_data.ipynb #c0066
+# %% ../nbs/08_data.ipynb #c0067
 def _take(stream, tok, max_docs, max_tokens):
     "The first documents of a stream: at most `max_docs`, and no more than are needed for `max_tokens`"
     if max_docs is not None: stream = stream.take(max_docs)
@@ -247,7 +247,7 @@ def _take(stream, tok, max_docs, max_tokens):
         if n >= max_tokens: break
     return _docs(docs)
 
-# %% ../nbs/08_data.ipynb #c0068
+# %% ../nbs/08_data.ipynb #c0069
 def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
     "`texts`, whatever it is, as a data set of documents, or as a `DatasetDict` if it brings its own validation split"
     if isinstance(texts, (str, Path)):
@@ -268,7 +268,7 @@ def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
     if max_docs is None and max_tokens is None: return texts
     return _take(texts if isinstance(texts, IterableDataset) else texts.to_iterable_dataset(), tok, max_docs, max_tokens)
 
-# %% ../nbs/08_data.ipynb #c0069
+# %% ../nbs/08_data.ipynb #c0070
 def _sides(texts, valid, seed):
     "(documents, borders, lengths) for training and for validation, and a key for what they hold"
     both = list(texts.values()) if isinstance(texts, dict) else [texts]
@@ -280,7 +280,7 @@ def _sides(texts, valid, seed):
     if not 0 < valid < 1: raise ValueError(f"valid={valid}: the share of the text that is held out lies between 0 and 1, as 0.1")
     return [(both[0], _borders(both[0], lens[0], valid, seed), lens[0])]*2, [*key, valid, seed]
 
-# %% ../nbs/08_data.ipynb #c0070
+# %% ../nbs/08_data.ipynb #c0071
 def lm_dataset(
     texts,            # Dataset, list of documents, a string (one document), or a name for `load_text`
     tokenizer,        # Any transformers tokenizer with an end-of-text token
@@ -304,7 +304,7 @@ def lm_dataset(
     return DatasetDict({k: _blocks(k, sides, [*key, dedup, _tok_key(tokenizer)], tokenizer, block_size, dedup, verbose)
                         for k in ('train', 'validation')})
 
-# %% ../nbs/08_data.ipynb #c0071
+# %% ../nbs/08_data.ipynb #c0072
 def _blocks(split, sides, key, tok, block_size, dedup, verbose):
     "One split of `lm_dataset`"
     docs, borders, lens = sides[split == 'validation']

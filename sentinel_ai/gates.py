@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .heads import UNITS, AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
 
-# %% ../nbs/01_gates.ipynb #c0007
+# %% ../nbs/01_gates.ipynb #c0008
 @dataclass
 class GateConfig:
     "How gates behave. All values are checked when the object is made."
@@ -48,7 +48,7 @@ class GateConfig:
 
 MODES = ('static', 'learned', 'hard_concrete')
 
-# %% ../nbs/01_gates.ipynb #c0010
+# %% ../nbs/01_gates.ipynb #c0011
 def hard_concrete(
     log_alpha:Float[Tensor, ' h'], # Location
     beta:float=2/3, gamma:float=-.1, zeta:float=1.1, # Temperature and stretch
@@ -68,7 +68,7 @@ def open_prob(
     "P(z ≠ 0) = σ(log α − β log(−γ/ζ)), the expected L0 of a gate (Louizos et al. 2018, equation 12)."
     return torch.sigmoid(log_alpha - beta*math.log(-gamma/zeta))
 
-# %% ../nbs/01_gates.ipynb #c0014
+# %% ../nbs/01_gates.ipynb #c0015
 class Sentinel(nn.Module):
     "The gates of one attention layer."
     def __init__(self,
@@ -97,7 +97,7 @@ class Sentinel(nn.Module):
         if c.mode == 'hard_concrete': return open_prob(self.log_alpha, c.beta, c.gamma, c.zeta) * (self.gate != 0)
         return self.forward(sample=False)
 
-# %% ../nbs/01_gates.ipynb #c0016
+# %% ../nbs/01_gates.ipynb #c0017
 @patch
 def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
     "Forward pre-hook of an output projection: scale each head's slice of its input."
@@ -105,7 +105,7 @@ def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
     g = self.forward().to(device=x.device, dtype=x.dtype)
     return (x.unflatten(-1, (self.n_heads, -1)) * g[:, None]).flatten(-2), *args[1:]
 
-# %% ../nbs/01_gates.ipynb #c0017
+# %% ../nbs/01_gates.ipynb #c0018
 def _attach(sentinel, out):
     _detach(sentinel)
     sentinel.tap = (out, out.register_forward_pre_hook(sentinel.apply_gates))
@@ -114,7 +114,7 @@ def _detach(sentinel):
     if sentinel.tap: sentinel.tap[1].remove()
     sentinel.tap = None
 
-# %% ../nbs/01_gates.ipynb #c0019
+# %% ../nbs/01_gates.ipynb #c0020
 class AdaptiveMixin:
     "What an adapted model can do besides everything its own class can."
     def _sync(self):
@@ -147,7 +147,7 @@ def _check_folded(s, layer):
 def _base_class(model): return type(model).__mro__[2] if isinstance(model, AdaptiveMixin) else type(model)
 def _new(base): return copyreg.__newobj__(adaptive_class(base))
 
-# %% ../nbs/01_gates.ipynb #c0020
+# %% ../nbs/01_gates.ipynb #c0021
 @functools.cache
 def adaptive_class(
     base:type, # A model class of transformers
@@ -161,7 +161,7 @@ def adaptive_class(
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f'adaptive:{base.__name__}'] = name   # by it pipelines and the Trainer know a causal model
     return type(name, (AdaptiveMixin, base), dict(forward=forward, __module__=__name__, __doc__=base.__doc__))
 
-# %% ../nbs/01_gates.ipynb #c0021
+# %% ../nbs/01_gates.ipynb #c0022
 def adapt(
     model:nn.Module, # Any decoder of transformers (a PEFT wrapper around one is seen through)
     config:GateConfig|None=None, # How gates behave; default static gates at 1
@@ -186,7 +186,7 @@ def is_merged(model:nn.Module) -> bool:
     "Are the gates folded into the weights?"
     return any(s.attn.sentinel.folded is not None for s in _need_adaptive(model).sentinel_map)
 
-# %% ../nbs/01_gates.ipynb #c0022
+# %% ../nbs/01_gates.ipynb #c0023
 def _place(site, config, old):
     "Put a new sentinel on one layer, keeping an old one's values."
     w = core_linear(site.out).weight
@@ -220,14 +220,14 @@ def _need_adaptive(model):
     if not is_adaptive(model): raise TypeError(f'{type(base_model(model)).__name__} has no gates; call adapt(model) first')
     return base_model(model)
 
-# %% ../nbs/01_gates.ipynb #c0024
+# %% ../nbs/01_gates.ipynb #c0025
 class Budget(nn.Module):
     "The Lagrange multipliers of a gate budget: parameters, so that an optimiser moves them and checkpoints keep them."
     def __init__(self, device=None):
         super().__init__()
         self.lambda1, self.lambda2 = (nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
 
-# %% ../nbs/01_gates.ipynb #c0026
+# %% ../nbs/01_gates.ipynb #c0027
 class AttnView:
     "The attention of one layer: `num_heads`, `num_kv_heads`, `head_dim`, `gate`, and the `module` itself."
     def __init__(self, site:AttnSite): # The layer's entry in the head map
@@ -261,7 +261,7 @@ def _check_gates(value, what):
     if bad.numel(): raise ValueError(f'{what}: {bad[0].item():g} is not allowed; a gate is 0 (closed) to 1 (open)')
     return t
 
-# %% ../nbs/01_gates.ipynb #c0029
+# %% ../nbs/01_gates.ipynb #c0030
 @torch.no_grad()
 def gate_values(
     model:nn.Module, # An adapted model
@@ -295,7 +295,7 @@ def set_gates(
         g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
     return model
 
-# %% ../nbs/01_gates.ipynb #c0045
+# %% ../nbs/01_gates.ipynb #c0046
 def closed_share(
     model:nn.Module, # An adapted model
     unit:str|None=None, # 'heads', 'params' or 'kv_bytes'; default the config's
@@ -313,7 +313,7 @@ def closed_share(
                                    "use 'heads' or 'params'")
     return 1 - open_/total
 
-# %% ../nbs/01_gates.ipynb #c0046
+# %% ../nbs/01_gates.ipynb #c0047
 def budget_target(config:GateConfig, step:int|None=None) -> float:
     "The budget's target at `step`: rises linearly over `config.warmup` steps; None means after the warm-up."
     return config.sparsity * (1. if step is None or not config.warmup else min(1., step/config.warmup))
@@ -331,7 +331,7 @@ def gate_penalty(
     gap, b = closed_share(m) - budget_target(c, step), m.sentinel_budget
     return up(b.lambda1)*gap + up(b.lambda2)*gap**2
 
-# %% ../nbs/01_gates.ipynb #c0054
+# %% ../nbs/01_gates.ipynb #c0055
 @torch.no_grad()
 def harden_gates(
     model:nn.Module, # An adapted model
@@ -366,7 +366,7 @@ def _scores(m):
         t[s.layer, :s.n_heads] = (torch.where(sent.gate == 0, -math.inf, sent.log_alpha) if hasattr(sent, 'log_alpha') else sent.prob()).float().cpu()
     return t if m.sentinel_config.sparsity is not None or m.sentinel_config.mode != 'hard_concrete' else torch.sigmoid(t)
 
-# %% ../nbs/01_gates.ipynb #c0055
+# %% ../nbs/01_gates.ipynb #c0056
 def lowest(
     hm:HeadMap, # The model's heads
     scores:Float[Tensor, 'l h'], # What to keep, highest first
@@ -392,7 +392,7 @@ def _whole_groups(close, hm):
     for s in hm: close[s.layer, :s.n_heads] = close[s.layer, :s.n_heads].view(-1, s.group).all(1).repeat_interleave(s.group)
     return close
 
-# %% ../nbs/01_gates.ipynb #c0060
+# %% ../nbs/01_gates.ipynb #c0061
 def _columns(lin, site):
     "The output projection's weight as `[h, d, out]`, a view."
     w = lin.weight
@@ -450,7 +450,7 @@ def unmerge_gates(
         _attach(s, site.out)
     return model
 
-# %% ../nbs/01_gates.ipynb #c0066
+# %% ../nbs/01_gates.ipynb #c0067
 def _save(model, save_directory, *args, **kwargs):
     cls, cfg, plain = type(model), model.config, is_merged(model)
     if plain:

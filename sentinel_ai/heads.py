@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 
-# %% ../nbs/00_heads.ipynb #c0005
+# %% ../nbs/00_heads.ipynb #c0006
 _SHRINK = dict(
     hidden_size=32, n_embd=32, d_model=32, num_hidden_layers=2, n_layer=2, n_layers=2, num_layers=2, decoder_layers=2,
     encoder_layers=1, num_attention_heads=4, n_head=4, n_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
@@ -31,10 +31,10 @@ _SHRINK_MORE = dict(  # what a single architecture needs besides
     bamba=dict(attn_layer_indices=[1]), recurrent_gemma=dict(block_types=('recurrent', 'attention')),
     qwen3_next=dict(num_hidden_layers=4), qwen3_5_text=dict(num_hidden_layers=4), qwen3_5_moe_text=dict(num_hidden_layers=4),
     granitemoehybrid=dict(layer_types=['mamba', 'attention']), nemotron_h=dict(mamba_num_heads=8, mamba_head_dim=8),
-    is_decoder=dict(is_decoder=True), deepseek_v2=dict(topk_group=1, num_experts_per_tok=2),
+    nemotron=dict(num_key_value_heads=2, head_dim=8), is_decoder=dict(is_decoder=True), deepseek_v2=dict(topk_group=1, num_experts_per_tok=2),
     gemma2=dict(sliding_window=16), gemma3_text=dict(sliding_window=16), mistral=dict(sliding_window=16))
 
-# %% ../nbs/00_heads.ipynb #c0006
+# %% ../nbs/00_heads.ipynb #c0007
 def random_config(
     model_type:str, # A `model_type` of transformers, such as `'gpt2'`
     **kwargs, # Values of the config to set besides the small defaults
@@ -54,7 +54,7 @@ def random_config(
     if have.get('is_decoder') is False: d |= _SHRINK_MORE['is_decoder']
     return C(**(d | _SHRINK_MORE.get(model_type, {}) | kwargs))
 
-# %% ../nbs/00_heads.ipynb #c0007
+# %% ../nbs/00_heads.ipynb #c0008
 def random_model(
     model_type:str, # A `model_type` of transformers, such as `'gpt2'`
     seed:int=0, # Seed of the weights
@@ -76,7 +76,7 @@ def random_model(
                 if p.ndim == 1: p.add_(torch.randn_like(p)*.1)
     return model.to(dtype).eval()
 
-# %% ../nbs/00_heads.ipynb #c0013
+# %% ../nbs/00_heads.ipynb #c0014
 class UnsupportedArchitecture(ValueError):
     "The heads of a model could not be found; the message names the module, what was looked for and how to register it."
 
@@ -106,7 +106,7 @@ class AttnSite:
         "The slice of the output projection's input that is `head`'s."
         return slice(head*self.head_dim, (head+1)*self.head_dim)
 
-# %% ../nbs/00_heads.ipynb #c0015
+# %% ../nbs/00_heads.ipynb #c0016
 def _per(w:int, n:int): return torch.arange(w*n).view(n, w)
 
 _LAYOUTS = {  # rows [part][head or group] of a fused projection for h heads, g KV heads, head size d
@@ -117,7 +117,7 @@ _LAYOUTS = {  # rows [part][head or group] of a fused projection for h heads, g 
     'codegen':     lambda h, g, d: (lambda r: tuple(r[:, i].reshape(h, d) for i in (0, 2, 1)))(_per(d, 3*h).view(4, 3, h//4, d)),
 }
 
-# %% ../nbs/00_heads.ipynb #c0016
+# %% ../nbs/00_heads.ipynb #c0017
 @patch
 def rows(self:AttnSite,
     part:str, # 'q', 'k' or 'v'
@@ -136,7 +136,7 @@ def rows(self:AttnSite,
     d = out_features(self.attn.get_submodule(name)) // (self.n_heads + 2*self.n_kv_heads)
     return name, _LAYOUTS[self.layout](self.n_heads, self.n_kv_heads, d)['qkv'.index(part)][i]
 
-# %% ../nbs/00_heads.ipynb #c0018
+# %% ../nbs/00_heads.ipynb #c0019
 def core_linear(m:nn.Module) -> nn.Module: # The layer that holds `weight`
     "Look through wrappers (PEFT's `base_layer`, Moshi's `linear`) to the layer that holds the weight."
     while not isinstance(m.__dict__.get('_parameters', {}).get('weight'), Tensor):
@@ -159,7 +159,7 @@ def out_features(m:nn.Module) -> int: # Width of the output
     m = core_linear(m)
     return getattr(m, 'out_features', None) or m.weight.shape[1-in_dim(m)]
 
-# %% ../nbs/00_heads.ipynb #c0020
+# %% ../nbs/00_heads.ipynb #c0021
 _OUT = ('o_proj', 'out_proj', 'c_proj', 'dense', 'Wo', 'attention_out', 'out_lin', 'output.dense')
 _QKV = (dict(q='q_proj', k='k_proj', v='v_proj'), dict(q='Wq', k='Wk', v='Wv'), dict(q='self.query', k='self.key', v='self.value'),
         dict(q='project_q', k='project_k', v='project_v'), dict(q='q_lin', k='k_lin', v='v_lin'),
@@ -174,7 +174,7 @@ def _has(m, name):
     try: m.get_submodule(name); return True
     except AttributeError: return False
 
-# %% ../nbs/00_heads.ipynb #c0022
+# %% ../nbs/00_heads.ipynb #c0023
 ARCHS = {
     'FalconAttention': lambda a: dict(layout='grouped' if a.new_decoder_architecture else 'blocks' if a.multi_query else 'interleaved',
                                       n_kv_heads=a.num_kv_heads if a.new_decoder_architecture or a.multi_query else a.num_heads),
@@ -192,7 +192,7 @@ def register_arch(
     if not callable(facts): raise TypeError(f'facts is a {type(facts).__name__}; pass a function from the attention module to a dict')
     ARCHS[name] = facts
 
-# %% ../nbs/00_heads.ipynb #c0023
+# %% ../nbs/00_heads.ipynb #c0024
 def _first(o, names): return next((v for n in names if isinstance(v := getattr(o, n, None), int) and v > 0), None)
 
 def _read_site(model, path, attn, layer):
@@ -226,7 +226,7 @@ def _n_kv(inner, attn, facts, proj, layout, n, cfg):
         kv = out_features(attn.get_submodule(proj['k'])) // d if d else n
     return kv or n
 
-# %% ../nbs/00_heads.ipynb #c0025
+# %% ../nbs/00_heads.ipynb #c0026
 @dataclass
 class HeadMap:
     "Every attention head of a decoder: a list of sites, one a layer, `None` where a layer has no softmax attention."
@@ -246,7 +246,7 @@ class HeadMap:
     @property
     def n_heads(self) -> int: "Heads in all"; return sum(s.n_heads for s in self)
 
-# %% ../nbs/00_heads.ipynb #c0026
+# %% ../nbs/00_heads.ipynb #c0027
 def _stacks(paths, model):
     "Split each path at its outermost `ModuleList`: `{list path: {index: [rest, ...]}}`"
     res = {}
@@ -275,7 +275,7 @@ def _candidates(model):
         elif (site := _read_site(model, p, m, -1)) is not None: found[p] = site
     return found, unmapped, {f: d for f, d in dup.items() if f in found}
 
-# %% ../nbs/00_heads.ipynb #c0027
+# %% ../nbs/00_heads.ipynb #c0028
 def head_map(
     model:nn.Module, # A decoder-only causal language model of transformers (or PEFT's wrapper around one)
 ) -> HeadMap:
@@ -314,7 +314,7 @@ def check_decoder(model:nn.Module):
     if model.get_output_embeddings() is None:
         raise UnsupportedArchitecture(f'{name} has no language-model head; load it with AutoModelForCausalLM')
 
-# %% ../nbs/00_heads.ipynb #c0032
+# %% ../nbs/00_heads.ipynb #c0033
 UNITS = ('heads', 'params', 'kv_bytes')
 
 def head_cost(
@@ -339,7 +339,7 @@ def head_cost(
     r = share('q', site.n_heads + 2*site.n_kv_heads)
     return o + r, 2*r
 
-# %% ../nbs/00_heads.ipynb #c0035
+# %% ../nbs/00_heads.ipynb #c0036
 @patch
 def head_params(self:HeadMap) -> int:
     "Parameters held by heads."
@@ -365,7 +365,7 @@ def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, 
     line = lambda k, ls: (span(ls), *k[:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0')
     return [line(k, ls) for k, ls in rows]
 
-# %% ../nbs/00_heads.ipynb #c0036
+# %% ../nbs/00_heads.ipynb #c0037
 @patch
 def _repr_markdown_(self:HeadMap):
     head = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
@@ -385,7 +385,7 @@ def __repr__(self:HeadMap):
     w = [max(len(r[i]) for r in rows) for i in range(7)]
     return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows) + self._repr_markdown_().rpartition(' |')[2].replace('\n\n', '\n')
 
-# %% ../nbs/00_heads.ipynb #c0042
+# %% ../nbs/00_heads.ipynb #c0043
 @torch.no_grad()
 def probe(
     model:nn.Module, # A model whose weights may be changed for a moment

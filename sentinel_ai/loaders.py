@@ -13,11 +13,11 @@ from torch import nn
 from .heads import UnsupportedArchitecture, base_model, check_decoder
 from .gates import GateConfig, adapt
 
-# %% ../nbs/07_loaders.ipynb #c0005
+# %% ../nbs/07_loaders.ipynb #c0006
 _MODELS = Path(__file__ if '__file__' in globals() else 'x').resolve().parent/'models'
 EMBEDDED = ('tiny-gpt2', 'tiny-opt', 'tiny-bloom', 'tiny-gpt_neox', 'tiny-llama')
 
-# %% ../nbs/07_loaders.ipynb #c0007
+# %% ../nbs/07_loaders.ipynb #c0009
 def resolve(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
 ) -> tuple: # Name for `from_pretrained`, and its keyword arguments
@@ -43,7 +43,7 @@ def _near(p):
     near = difflib.get_close_matches(p.name, [x.name for x in q.iterdir()], 2) if q else []
     return f'; did you mean {" or ".join(str(q/n) for n in near)}?' if near else ''
 
-# %% ../nbs/07_loaders.ipynb #c0010
+# %% ../nbs/07_loaders.ipynb #c0012
 _NO_NETWORK = {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectError', 'ConnectTimeout'}
 
 @contextmanager
@@ -74,7 +74,7 @@ def explain(
             raise ImportError("reading a GGUF file needs the package gguf: pip install 'sentinel-ai[gguf]'") from e
         raise
 
-# %% ../nbs/07_loaders.ipynb #c0013
+# %% ../nbs/07_loaders.ipynb #c0016
 def load_baseline_model(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
     device:str|torch.device|None=None, # Where to put it; None leaves that to transformers (and `device_map`)
@@ -107,7 +107,7 @@ def _forget_quantization(model):
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
 
-# %% ../nbs/07_loaders.ipynb #c0014
+# %% ../nbs/07_loaders.ipynb #c0017
 @contextmanager
 def _sentinel_keys_are_known(cfg):
     "Gates in a folder are read by `load_adaptive_model`; keep transformers from reporting them as unexpected."
@@ -120,7 +120,7 @@ def _sentinel_keys_are_known(cfg):
     try: yield
     finally: setattr(cls, name, own[name]) if name in own else delattr(cls, name)
 
-# %% ../nbs/07_loaders.ipynb #c0016
+# %% ../nbs/07_loaders.ipynb #c0019
 def load_adaptive_model(
     model_name:str|os.PathLike, # Embedded name, folder (plain or saved from an adaptive model), GGUF file or hub name
     baseline_model:nn.Module|None=None, # Adapt a copy of this one instead of loading; it stays as it is
@@ -148,7 +148,7 @@ def load_adaptive_model(
         adapt(model, config)
     return model
 
-# %% ../nbs/07_loaders.ipynb #c0017
+# %% ../nbs/07_loaders.ipynb #c0020
 def _saved_gates(model_name, kwargs):
     "The config and the tensors of gates saved with a model; `(None, {})` if there are none."
     from transformers.utils import cached_file
@@ -170,7 +170,7 @@ def _saved_gates(model_name, kwargs):
             tensors |= {k: st.get_tensor(k) for k in st.keys() if '.sentinel.' in k or k.startswith('sentinel_budget.')}
     return GateConfig(**cfg), tensors
 
-# %% ../nbs/07_loaders.ipynb #c0018
+# %% ../nbs/07_loaders.ipynb #c0021
 def load_tokenizer(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
     **kwargs, # For `AutoTokenizer.from_pretrained`

@@ -18,7 +18,7 @@ from .heads import UNITS
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
                                lowest, set_gates)
 
-# %% ../nbs/10_train.ipynb #c0005
+# %% ../nbs/10_train.ipynb #c0006
 @dataclass
 class GateRun:
     "What is asked of the gates in a training run; everything else is in `TrainingArguments`."
@@ -41,7 +41,7 @@ class GateRun:
         need(0 < self.learn <= 1, 'learn', 'above 0, up to 1')
         need(self.gate_lr >= 0, 'gate_lr', '0 or more')
 
-# %% ../nbs/10_train.ipynb #c0008
+# %% ../nbs/10_train.ipynb #c0009
 class AdaptiveCallback(TrainerCallback):
     "Learns gates under their budget, closes heads at the closing step, and keeps a record of all gates."
     def __init__(self,
@@ -74,7 +74,7 @@ class AdaptiveCallback(TrainerCallback):
             self.record(m, state.global_step)
         return control
 
-# %% ../nbs/10_train.ipynb #c0010
+# %% ../nbs/10_train.ipynb #c0011
 _RECORD = 'sentinel_gates.json'
 
 @patch
@@ -98,7 +98,7 @@ def on_save(self:AdaptiveCallback, args, state, control, **kwargs):
     tmp.write_text(json.dumps(dict(steps=self.steps, gates=[g.tolist() for g in self.gates])))
     os.replace(tmp, f)
 
-# %% ../nbs/10_train.ipynb #c0012
+# %% ../nbs/10_train.ipynb #c0013
 class AdaptiveTrainer(Trainer):
     "The Trainer, with a learning rate for gates and with gates in its log."
     gate_lr: float = .1   # Learning rate of gates and multipliers
@@ -130,7 +130,7 @@ def open_heads(model:nn.Module) -> int: # Count
     "How many heads have a gate above 0?"
     return int((gate_values(model) > 0).sum())
 
-# %% ../nbs/10_train.ipynb #c0014
+# %% ../nbs/10_train.ipynb #c0015
 def close_random(
     model:nn.Module, # An adapted model
     sparsity:float, # Share to close
@@ -143,7 +143,7 @@ def close_random(
     close = lowest(hm, torch.where(hm.table().isnan(), math.nan, scores), sparsity, unit)
     return set_gates(model, torch.where(close, 0., math.nan))
 
-# %% ../nbs/10_train.ipynb #c0017
+# %% ../nbs/10_train.ipynb #c0018
 @dataclass
 class TrainResult:
     "What a run gave; `before`, `closed` and `after` hold loss, perplexity and open heads on the validation blocks."
@@ -166,7 +166,7 @@ def n_steps(args:TrainingArguments, n_blocks:int) -> int: # Optimiser steps of t
     per_epoch = math.ceil(math.ceil(n_blocks/(args.train_batch_size*args.world_size))/args.gradient_accumulation_steps)
     return args.max_steps if args.max_steps > 0 else math.ceil(per_epoch*args.num_train_epochs)
 
-# %% ../nbs/10_train.ipynb #c0018
+# %% ../nbs/10_train.ipynb #c0019
 def _measured(trainer, metrics=None):
     m = base_model(trainer.model)
     loss = (metrics or trainer.evaluate())['eval_loss']
