@@ -100,7 +100,7 @@ def _quiet():
     transformers.logging.disable_progress_bar()
 
 # %% ../nbs/12_cli.ipynb #c0014
-_DEFAULT = 'tiny-llama'   # the embedded model with the lowest perplexity
+_DEFAULT = 'tiny-llama'   # grouped queries, as in most models of today
 _MODEL = f'embedded name, folder, GGUF file or hub name; without it $MODEL_NAME, or else {_DEFAULT}'
 def default_model() -> str: # Name of a model
     "What `MODEL_NAME` says, or else an embedded model."

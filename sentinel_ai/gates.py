@@ -241,6 +241,7 @@ class AttnView:
         with torch.no_grad(): self.gate.copy_(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
     def __repr__(self): return f'{type(self.module).__name__}: {self.num_heads} heads of {self.head_dim}, gates {[round(g, 3) for g in self.gate.tolist()]}'
 
+# %% ../nbs/01_gates.ipynb #c0028
 class Block(dict):
     "One layer; `block['attn']` is its `AttnView`."
     def __missing__(self, key): raise KeyError(f"{key!r}: this layer has {list(self) or 'no softmax attention, so no gates'}")
@@ -255,13 +256,14 @@ class Blocks(Sequence):
         return Block() if site is None else Block(attn=AttnView(site))
     def __repr__(self): return '\n'.join(f'{l}: {b.get("attn", "no softmax attention")}' for l, b in enumerate(self))
 
+# %% ../nbs/01_gates.ipynb #c0029
 def _check_gates(value, what):
     t = torch.as_tensor(value, dtype=torch.float32)
     bad = t[~((t >= 0) & (t <= 1))]
     if bad.numel(): raise ValueError(f'{what}: {bad[0].item():g} is not allowed; a gate is 0 (closed) to 1 (open)')
     return t
 
-# %% ../nbs/01_gates.ipynb #c0030
+# %% ../nbs/01_gates.ipynb #c0032
 @torch.no_grad()
 def gate_values(
     model:nn.Module, # An adapted model
@@ -295,7 +297,7 @@ def set_gates(
         g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
     return model
 
-# %% ../nbs/01_gates.ipynb #c0046
+# %% ../nbs/01_gates.ipynb #c0048
 def closed_share(
     model:nn.Module, # An adapted model
     unit:str|None=None, # 'heads', 'params' or 'kv_bytes'; default the config's
@@ -313,7 +315,7 @@ def closed_share(
                                    "use 'heads' or 'params'")
     return 1 - open_/total
 
-# %% ../nbs/01_gates.ipynb #c0047
+# %% ../nbs/01_gates.ipynb #c0049
 def budget_target(config:GateConfig, step:int|None=None) -> float:
     "The budget's target at `step`: rises linearly over `config.warmup` steps; None means after the warm-up."
     return config.sparsity * (1. if step is None or not config.warmup else min(1., step/config.warmup))
@@ -331,7 +333,7 @@ def gate_penalty(
     gap, b = closed_share(m) - budget_target(c, step), m.sentinel_budget
     return up(b.lambda1)*gap + up(b.lambda2)*gap**2
 
-# %% ../nbs/01_gates.ipynb #c0055
+# %% ../nbs/01_gates.ipynb #c0057
 @torch.no_grad()
 def harden_gates(
     model:nn.Module, # An adapted model
@@ -366,7 +368,7 @@ def _scores(m):
         t[s.layer, :s.n_heads] = (torch.where(sent.gate == 0, -math.inf, sent.log_alpha) if hasattr(sent, 'log_alpha') else sent.prob()).float().cpu()
     return t if m.sentinel_config.sparsity is not None or m.sentinel_config.mode != 'hard_concrete' else torch.sigmoid(t)
 
-# %% ../nbs/01_gates.ipynb #c0056
+# %% ../nbs/01_gates.ipynb #c0058
 def lowest(
     hm:HeadMap, # The model's heads
     scores:Float[Tensor, 'l h'], # What to keep, highest first
@@ -392,7 +394,7 @@ def _whole_groups(close, hm):
     for s in hm: close[s.layer, :s.n_heads] = close[s.layer, :s.n_heads].view(-1, s.group).all(1).repeat_interleave(s.group)
     return close
 
-# %% ../nbs/01_gates.ipynb #c0061
+# %% ../nbs/01_gates.ipynb #c0063
 def _columns(lin, site):
     "The output projection's weight as `[h, d, out]`, a view."
     w = lin.weight
@@ -450,7 +452,7 @@ def unmerge_gates(
         _attach(s, site.out)
     return model
 
-# %% ../nbs/01_gates.ipynb #c0067
+# %% ../nbs/01_gates.ipynb #c0069
 def _save(model, save_directory, *args, **kwargs):
     cls, cfg, plain = type(model), model.config, is_merged(model)
     if plain:
