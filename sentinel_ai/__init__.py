@@ -3,4 +3,9 @@ __version__ = "0.1.0"
 from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, random_model, register_arch
 from .gates import (AdaptiveMixin, GateConfig, adapt, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive, is_merged,
                     merge_gates, set_gates, unadapt, unmerge_gates)
+from .measure import HeadStats, measure, score
+from .surgery import HeadPlan, compact, expand
+from .pruning import prune, undo_repair, unprune
+from .saving import SentinelConfig, SentinelForCausalLM
+from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer

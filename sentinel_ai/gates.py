@@ -121,6 +121,7 @@ class AdaptiveMixin:
         "Move a hook whose projection was wrapped or replaced (LoRA), and refuse gates that were changed while merged."
         for site in self.sentinel_map:
             s = site.attn.sentinel
+            if site.stay == 'qkv' and hasattr(site.inner, 'sentinel_wiring'): site.inner.sentinel_wiring.sync(site.out)
             if s.tap is not None:
                 if s.tap[0] is not site.out: _attach(s, site.out)
             elif not torch.compiler.is_compiling() and s.gate._version != s.seen: _check_folded(s, site.layer)
@@ -204,7 +205,7 @@ def unadapt(
     model:nn.Module, # An adapted model
     bake:bool=False, # Fold the gates into the weights first, so that the plain model computes what the gated one did
 ) -> nn.Module: # The same object, of its own class again
-    "Take all gates off. Without `bake` the weights are what they were before `adapt`, bit for bit (merged gates are unfolded)."
+    "Take all gates off. Without `bake` the weights are what they were before, bit for bit (merged gates are unfolded). What is compact stays so."
     m = _need_adaptive(model)
     if bake: merge_gates(model)
     elif is_merged(m): unmerge_gates(model)
@@ -307,7 +308,7 @@ def closed_share(
     open_, total = 0., 0.
     for s in m.sentinel_map:
         p, (a, b) = s.attn.sentinel.prob().float(), head_cost(s, unit or m.sentinel_config.unit)
-        kv = 1 - (1 - p.view(s.n_kv_heads, s.group)).prod(1)
+        kv = 1 - torch.ones_like(p[:s.n_kv_heads]).scatter_reduce(0, s.kv_of.to(p.device), 1 - p, 'prod')
         part = a*p.sum() + b*kv.sum()
         open_ = open_ + (part if not isinstance(open_, Tensor) else part.to(open_.device))
         total += a*s.n_heads + b*s.n_kv_heads
@@ -378,20 +379,26 @@ def lowest(
     "The heads with the lowest scores that make up `share`, to the nearest one. For KV bytes whole groups, by their best head."
     scores, cost = scores.clone(), {s.layer: head_cost(s, unit) for s in hm}
     if unit == 'kv_bytes':
-        for s in hm: scores[s.layer, :s.n_heads] = scores[s.layer, :s.n_heads].view(-1, s.group).amax(1).repeat_interleave(s.group)
+        for s in hm: scores[s.layer, :s.n_heads] = _by_group(scores[s.layer, :s.n_heads], s, 'amax')
     goal = share * sum(a*s.n_heads + b*s.n_kv_heads for s in hm for a, b in [cost[s.layer]])
-    close, left, saved = torch.zeros(hm.shape, dtype=torch.bool), {}, 0.
+    close, saved = torch.zeros(hm.shape, dtype=torch.bool), 0.
+    group = {s.layer: s.kv_of.tolist() for s in hm}
+    left = {(l, g): gs.count(g) for l, gs in group.items() for g in set(gs)}
     for i in scores.flatten().argsort(stable=True).tolist():
         l, h = divmod(i, hm.shape[1])
         if scores[l, h].isnan(): continue
-        g = (l, h//hm[l].group); left[g] = left.get(g, hm[l].group) - 1
+        left[g := (l, group[l][h])] -= 1
         step = cost[l][0] + (cost[l][1] if left[g] == 0 else 0)
         if step > 0 and saved + step/2 > goal: break
         saved += step; close[l, h] = True
     return _whole_groups(close, hm) if unit == 'kv_bytes' else close
 
+def _by_group(x, site, reduce):
+    "Give every query head what its group comes to."
+    return torch.zeros(site.n_kv_heads, dtype=x.dtype).scatter_reduce(0, site.kv_of, x, reduce, include_self=False)[site.kv_of]
+
 def _whole_groups(close, hm):
-    for s in hm: close[s.layer, :s.n_heads] = close[s.layer, :s.n_heads].view(-1, s.group).all(1).repeat_interleave(s.group)
+    for s in hm: close[s.layer, :s.n_heads] = _by_group(close[s.layer, :s.n_heads].int(), s, 'amin').bool()
     return close
 
 # %% ../nbs/01_gates.ipynb #c0063

@@ -9,9 +9,9 @@ __all__ = ['ARCHS', 'UNITS', 'random_config', 'random_model', 'UnsupportedArchit
 
 # %% ../nbs/00_heads.ipynb #c0002
 import difflib, math, re, torch
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from torch import nn, Tensor
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 
 # %% ../nbs/00_heads.ipynb #c0006
@@ -93,28 +93,41 @@ class AttnSite:
     n_kv_heads: int           # Key/value heads; fewer than `n_heads` when queries are grouped
     head_dim: int             # Size of a head's slice in the output projection's input
     shared_by: tuple = ()     # Other layers' paths that run this very module
+    sizes: dict = field(default_factory=dict) # Rows of each projection (and entries of each of `extras`), by its name
+    kv: tuple|None = None     # KV head of each query head; None where groups are equal and in order
+    stay: str = ''            # Parts whose rows must stay when a head leaves, as a norm or a mask is made of all heads: '', 'qk', 'qkv'
+    extras: tuple = ()        # Other parameters with a share for each head: (path relative to `attn`, dim, 'q' or 'k')
+    returns: str = 'pair'     # What the module's forward returns: 'pair', 'list', or 'residual' (a pair, the residual added)
 
     @property
     def out(self) -> nn.Module:
         "The outermost module at the output projection's path (a LoRA wrapper, if there is one)."
         return self.attn.get_submodule(self.out_name)
     @property
+    def inner(self) -> nn.Module:
+        "The module that computes the attention: `attn` itself, or BERT's `attn.self`."
+        return self.attn.get_submodule('self') if _has(self.attn, 'self') else self.attn
+    @property
     def group(self) -> int:
-        "Query heads that share one key/value head."
+        "Query heads that share one key/value head, where all groups are equal."
         return self.n_heads // self.n_kv_heads
+    @property
+    def kv_of(self) -> Int[Tensor, ' h']:
+        "The KV head that each query head reads."
+        return torch.arange(self.n_heads, device='cpu') // self.group if self.kv is None else torch.tensor(self.kv, device='cpu')
     def cols(self, head:int) -> slice:
         "The slice of the output projection's input that is `head`'s."
         return slice(head*self.head_dim, (head+1)*self.head_dim)
 
 # %% ../nbs/00_heads.ipynb #c0016
-def _per(w:int, n:int): return torch.arange(w*n).view(n, w)
+def _per(w:int, n:int): return torch.arange(w*n, device='cpu').view(n, w)   # the same on a model without data
 
 _LAYOUTS = {  # rows [part][head or group] of a fused projection for h heads, g KV heads, head size d
     'blocks':      lambda h, g, d: (_per(d, h), _per(d, g) + h*d, _per(d, g) + (h+g)*d),
     'interleaved': lambda h, g, d: _per(d, 3*h).view(h, 3, d).unbind(1),
     'grouped':     lambda h, g, d: (lambda r: (r[:, :-2].flatten(0, 1), r[:, -2], r[:, -1]))(_per(d, h+2*g).view(g, h//g+2, d)),
     # CodeGen: four shards, each [q | v | k]
-    'codegen':     lambda h, g, d: (lambda r: tuple(r[:, i].reshape(h, d) for i in (0, 2, 1)))(_per(d, 3*h).view(4, 3, h//4, d)),
+    'codegen':     lambda h, g, d: (lambda r: tuple(r[:, i].reshape(h, d) for i in (0, 2, 1)))(_per(d, 3*h).view(4, 3, -1)),
 }
 
 # %% ../nbs/00_heads.ipynb #c0017
@@ -127,14 +140,13 @@ def rows(self:AttnSite,
     if part not in 'qkv' or not 0 <= head < self.n_heads:
         raise ValueError(f"rows({part!r}, {head}): part is 'q', 'k' or 'v', head is 0 to {self.n_heads-1} in layer {self.layer}")
     name = self.proj.get(part)
-    if name is None or self.layout in ('mla', 'other'):
+    if name is None or self.layout == 'other':
         raise UnsupportedArchitecture(f'layer {self.layer} ({self.path}): layout {self.layout!r} has no rows of its own for {part!r}; '
                                       'gates work, removing rows needs a layout: see register_arch')
-    i, n = (head, self.n_heads) if part == 'q' else (head // self.group, self.n_kv_heads)
-    if self.layout == 'separate':
-        return name, torch.arange(out_features(self.attn.get_submodule(name))).view(n, -1)[i]
-    d = out_features(self.attn.get_submodule(name)) // (self.n_heads + 2*self.n_kv_heads)
-    return name, _LAYOUTS[self.layout](self.n_heads, self.n_kv_heads, d)['qkv'.index(part)][i]
+    i, n = (head, self.n_heads) if part == 'q' else (int(self.kv_of[head]), self.n_kv_heads)
+    if self.layout in ('separate', 'mla'): return name, _per(self.sizes[name]//n, n)[i]
+    layout = 'blocks' if self.layout == 'grouped' and self.kv is not None else self.layout   # uneven groups have no place in 'grouped'
+    return name, _LAYOUTS[layout](self.n_heads, self.n_kv_heads, self.sizes[name]//(self.n_heads + 2*self.n_kv_heads))['qkv'.index(part)][i]
 
 # %% ../nbs/00_heads.ipynb #c0019
 def core_linear(m:nn.Module) -> nn.Module: # The layer that holds `weight`
@@ -167,6 +179,7 @@ _QKV = (dict(q='q_proj', k='k_proj', v='v_proj'), dict(q='Wq', k='Wk', v='Wv'), 
 _FUSED = dict(c_attn='blocks', qkv_proj='blocks', Wqkv='blocks', query_key_value='interleaved')
 _HEADS = ('num_heads', 'num_attention_heads', 'n_heads', 'n_head', 'num_attn_heads')
 _KV = ('num_key_value_heads', 'num_kv_heads', 'kv_heads', 'kv_n_heads')
+_PER_HEAD = r'sinks|gate_bias|(q_)?gate_proj\.(weight|bias)|g_proj\.(weight|bias)'
 _NOT_HEADS = r'mamba|delta|lightning|rwkv|short_?conv|linear_?attn|linearattention|recurrent|xlstm|indexer|compressor'  # mix tokens without softmax heads
 _OTHER_INPUT = r'(^|[._])(cross_?attn\w*|encoder_attn|cross_?attention|vision\w*|image\w*|audio\w*|visual)([._]|$)'
 
@@ -182,6 +195,9 @@ ARCHS = {
     'CodeGenAttention': lambda a: dict(layout='codegen'),
     # Two softmax maps are subtracted and the halves concatenated: one differential head is two heads wide
     'DiffLlamaAttention': lambda a: dict(layout='other', n_heads=a.config.num_attention_heads//2, n_kv_heads=a.config.num_attention_heads//2),
+    'BitNetAttention': lambda a: dict(stay='qkv'),     # a norm over all heads' outputs
+    'DogeAttention': lambda a: dict(stay='qkv'),       # a mask made of all heads' values
+    'BloomAttention': lambda a: dict(returns='residual'),
 }
 
 def register_arch(
@@ -213,7 +229,22 @@ def _read_site(model, path, attn, layer):
     if not n or width % n: raise UnsupportedArchitecture(
         f'{path} ({type(attn).__name__}): {out_name} takes {width} inputs, which {n} heads do not divide; looked for {_HEADS} on the '
         f"module and its config. Say what is right: register_arch({type(attn).__name__!r}, lambda attn: dict(n_heads=...))")
-    return AttnSite(layer, path, attn, out_name, proj, layout, n, _n_kv(inner, attn, facts, proj, layout, n, cfg), width//n)
+    kv, sizes = _n_kv(inner, attn, facts, proj, layout, n, cfg), {m: out_features(attn.get_submodule(m)) for m in proj.values()}
+    extras, returns = facts.get('extras', _extras(attn, n, kv)), 'list' if model.config.model_type == 'openai-gpt' else 'pair'
+    sizes |= {f: attn.get_parameter(f).shape[d] for f, d, _ in extras}
+    return AttnSite(layer, path, attn, out_name, proj, layout, n, kv, width//n, sizes=sizes, stay=facts.get('stay', _stay(attn, sizes, proj)),
+                    extras=extras, returns=facts.get('returns', returns))
+
+def _stay(attn, sizes, proj):
+    "'qk' if a norm runs over the full width of queries or keys (OLMo 2), else ''."
+    w = {p: getattr(getattr(attn, f'{p}_norm', None), 'weight', None) for p in 'qk'}
+    return 'qk' if any(w[p] is not None and w[p].ndim == 1 and w[p].numel() == sizes.get(proj.get(p)) for p in 'qk') else ''
+
+def _extras(attn, n, kv):
+    "Parameters of the attention module with a share for each head: sinks, output gates, norms with a weight for each head."
+    shape = {name: p.shape for name, p in attn.named_parameters()}
+    found = [(f, 0, 'q') for f, s in shape.items() if re.fullmatch(_PER_HEAD, f) and s[0] % n == 0]
+    return tuple(found + [(f, 0, p) for p, k in (('q', n), ('k', kv)) if len(shape.get(f := f'{p}_norm.weight', ())) == 2 and shape[f][0] == k])
 
 def _n_kv(inner, attn, facts, proj, layout, n, cfg):
     "Key/value heads: from the row, the module, the width of k against q, or as many as queries."
@@ -242,7 +273,7 @@ class HeadMap:
         if self.sites[l] is None: raise KeyError(f'layer {l} has no softmax attention; layers that have: {[s.layer for s in self]}')
         return self.sites[l]
     @property
-    def shape(self) -> tuple: "`(layers, most heads of any layer)`"; return len(self), max(s.n_heads for s in self)
+    def shape(self) -> tuple: "`(layers, most heads of any layer)`"; return len(self), max((s.n_heads for s in self), default=0)
     @property
     def n_heads(self) -> int: "Heads in all"; return sum(s.n_heads for s in self)
 
@@ -281,6 +312,7 @@ def head_map(
 ) -> HeadMap:
     "Find every attention head. Raises `UnsupportedArchitecture` when there is none or when an attention module can't be read."
     model = base_model(model)
+    if getattr(model, 'sentinel_compact', None): return model.sentinel_compact
     check_decoder(model)
     found, unmapped, shared = _candidates(model)
     if not found: raise UnsupportedArchitecture(
@@ -315,6 +347,24 @@ def check_decoder(model:nn.Module):
         raise UnsupportedArchitecture(f'{name} has no language-model head; load it with AutoModelForCausalLM')
 
 # %% ../nbs/00_heads.ipynb #c0033
+@patch
+def narrow(self:AttnSite,
+    keep:list, # Query heads that are left, in order
+    columns:bool=False, # Only the output projection's columns leave
+) -> 'AttnSite|None': # None when no head is left
+    "The site of the layer when only the heads in `keep` are left. A KV head leaves with its last query head."
+    if not keep and not columns: return None
+    n, kv_of, columns = len(keep), self.kv_of.tolist(), columns or 'v' in self.stay or self.layout == 'other'
+    if columns: return replace(self, n_heads=n, n_kv_heads=n, kv=None, proj={}, sizes={}, extras=(), stay='qkv') if n else None
+    groups = sorted({kv_of[h] for h in keep})
+    g, kv = len(groups), tuple(groups.index(kv_of[h]) for h in keep)
+    if n % g == 0 and kv == tuple(i//(n//g) for i in range(n)): kv = None
+    new = {'q': (n, self.n_heads), 'k': (g, self.n_kv_heads), 'v': (g, self.n_kv_heads)}
+    part = lambda p: (n + 2*g, self.n_heads + 2*self.n_kv_heads) if self.layout not in ('separate', 'mla') else new[p]
+    proj = {p: m for p, m in self.proj.items() if p not in self.stay}
+    return replace(self, n_heads=n, n_kv_heads=g, kv=kv, proj=proj, sizes={m: self.sizes[m]*part(p)[0]//part(p)[1] for p, m in proj.items()})
+
+# %% ../nbs/00_heads.ipynb #c0039
 UNITS = ('heads', 'params', 'kv_bytes')
 
 def head_cost(
@@ -326,20 +376,24 @@ def head_cost(
     lin = {p: core_linear(site.attn.get_submodule(n)) for p, n in site.proj.items()}
     out = core_linear(site.out)
     size = lambda m: m.weight.numel() + (m.bias.numel() if getattr(m, 'bias', None) is not None else 0)
-    share = lambda p, n: size(lin[p])/n if p in lin else 0
+    only_out = 'v' in site.stay or site.layout == 'other'
+    share = lambda p, n: size(lin[p])/n if p in lin and p not in site.stay else 0
     if unit == 'heads': return 1., 0.
     if unit == 'kv_bytes':
-        if site.layout == 'mla' or 'k' not in site.proj: return 0., 0.
-        d = site.head_dim if site.layout != 'separate' else out_features(lin['k'])//site.n_kv_heads
-        return 0., float((d + site.head_dim) * out.weight.element_size())
+        if site.layout == 'mla' or only_out or 'v' not in site.proj: return 0., 0.
+        d = site.head_dim if site.layout != 'separate' or 'k' not in lin else out_features(lin['k'])//site.n_kv_heads
+        b = float((d + site.head_dim) * out.weight.element_size())
+        return (b, 0.) if site.layout == 'grouped' else (0., b)       # Falcon's cache holds a copy for each query head
     o = out.weight.numel() / site.n_heads
-    if site.layout in ('separate', 'other'):
-        return o + share('q', site.n_heads), share('k', site.n_kv_heads) + share('v', site.n_kv_heads)
+    if only_out: return o, 0.
+    extra = lambda part, n: sum(site.attn.get_parameter(f).numel() for f, _, p in site.extras if p == part)/n
+    o, e = o + extra('q', site.n_heads), extra('k', site.n_kv_heads)
+    if site.layout == 'separate': return o + share('q', site.n_heads), share('k', site.n_kv_heads) + share('v', site.n_kv_heads) + e
     if site.layout == 'mla': return o + share('q', site.n_heads) + share('k', site.n_heads), 0.
     r = share('q', site.n_heads + 2*site.n_kv_heads)
-    return o + r, 2*r
+    return o + r, 2*r + e
 
-# %% ../nbs/00_heads.ipynb #c0036
+# %% ../nbs/00_heads.ipynb #c0042
 @patch
 def head_params(self:HeadMap) -> int:
     "Parameters held by heads."
@@ -349,7 +403,7 @@ def head_params(self:HeadMap) -> int:
 def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
     "1 where a head exists and NaN where none does; with another unit, the cost of each query head, its share of keys and values included."
     t = torch.full(self.shape, math.nan)
-    for s in self: t[s.layer, :s.n_heads] = (lambda a, b: a + b/s.group)(*head_cost(s, unit))
+    for s in self: t[s.layer, :s.n_heads] = (lambda a, b: a + b/s.kv_of.bincount()[s.kv_of])(*head_cost(s, unit))
     return t
 
 @patch
@@ -365,7 +419,7 @@ def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, 
     line = lambda k, ls: (span(ls), *k[:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0')
     return [line(k, ls) for k, ls in rows]
 
-# %% ../nbs/00_heads.ipynb #c0037
+# %% ../nbs/00_heads.ipynb #c0043
 @patch
 def _repr_markdown_(self:HeadMap):
     head = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
@@ -385,7 +439,7 @@ def __repr__(self:HeadMap):
     w = [max(len(r[i]) for r in rows) for i in range(7)]
     return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows) + self._repr_markdown_().rpartition(' |')[2].replace('\n\n', '\n')
 
-# %% ../nbs/00_heads.ipynb #c0043
+# %% ../nbs/00_heads.ipynb #c0049
 @torch.no_grad()
 def probe(
     model:nn.Module, # A model whose weights may be changed for a moment

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from .heads import UnsupportedArchitecture, base_model, check_decoder
-from .gates import GateConfig, adapt
+from .gates import GateConfig, adapt, is_adaptive
 
 # %% ../nbs/07_loaders.ipynb #c0006
 _MODELS = Path(__file__ if '__file__' in globals() else 'x').resolve().parent/'models'
@@ -136,6 +136,7 @@ def load_adaptive_model(
         model = baseline_model if share else copy.deepcopy(baseline_model)
         return adapt(model if device is None else model.to(device), config)
     model = load_baseline_model(model_name, device, **kwargs)
+    if is_adaptive(model): return adapt(model, config)          # saved with its plan: it is adaptive as loaded
     saved, tensors = _saved_gates(model_name, kwargs)
     adapt(model, saved or config)
     if saved:

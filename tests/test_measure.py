@@ -1,0 +1,105 @@
+"""Measuring on the whole architecture matrix: entropy against the model's own attention probabilities, gradients against real gates.
+
+`pytest tests/test_measure.py -k llama` runs one architecture.
+"""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_matrix import ALL, IDS, SEED, VARIANTS, build  # noqa: E402
+
+from sentinel_ai import adapt, random_model, set_gates  # noqa: E402
+from sentinel_ai.measure import measure  # noqa: E402
+
+torch.set_num_threads(1)
+TWO = torch.cat([IDS, IDS.roll(3, 1)])
+HALVES = ['diffllama']  # returns each differential head's two maps as two heads
+
+
+def eager(name):
+    mt, kw = VARIANTS.get(name, (name, {}))
+    return random_model(mt, **(kw | dict(attn_implementation='eager')))
+
+
+@torch.no_grad()
+def naive(model, n_layers):
+    "Entropy, distance and first share `[l][h]` from the probabilities that the eager model returns; None for layers that return none."
+    res, att = [], model(TWO, output_attentions=True, use_cache=False).attentions
+    att = [a for a in att if a is not None]
+    for p in att:
+        p = p.double()
+        sink = 1 - p.sum(-1)  # gpt_oss lets part of the attention fall into a sink
+        H = -(p*p.clamp_min(1e-300).log()).sum(-1) - torch.where(sink > 1e-5, sink*sink.clamp_min(1e-300).log(), 0.)
+        t = torch.arange(p.shape[-1])
+        res.append((H.mean((0, 2)), (p*(t[:, None] - t)).sum(-1).mean((0, 2)), p[..., 0].mean((0, 2))))
+    return res
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_entropy_is_exact(name):
+    model = eager(name)
+    stats = measure(model, TWO, what='entropy', progress=False)
+    layers = [l for l in range(stats.shape[0]) if not stats.entropy[l].isnan().all()]
+    want = naive(model, stats.shape[0])
+    if len(want) != len(layers): want = [want[l] for l in layers]  # layers without softmax attention return something too
+    for l, tables in zip(layers, want):
+        for name_, w in zip(('entropy', 'distance', 'sink'), tables):
+            got = stats[name_][l]
+            got = got[~got.isnan()]
+            if name in HALVES: w = w.unflatten(0, (2, -1)).mean(0)
+            assert (got - w).abs().max() < 1e-5, f'{name_} of layer {l}'
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_kernels_agree(name):
+    "SDPA and eager are measured alike wherever they compute alike."
+    fast, slow = build(name), eager(name)
+    with torch.no_grad():
+        if not torch.allclose(fast(TWO).logits, slow(TWO).logits, atol=1e-5): pytest.xfail('SDPA and eager give other logits in transformers itself')
+    a, b = (measure(m, TWO, what='entropy', progress=False) for m in (fast, slow))
+    torch.testing.assert_close(a.entropy, b.entropy, rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(a.curves['entropy'], b.curves['entropy'], rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_gradients_are_those_of_the_gates(name):
+    "Virtual gates give what autograd through real ones gives, closed heads included; weights get no gradient, the model stays as it was."
+    model = adapt(build(name))
+    first = next(iter(model.sentinel_map))
+    set_gates(model, {(first.layer, 0): 0., (first.layer, 1): .5})
+    flags = [p.requires_grad for p in model.parameters()]
+    stats = measure(model, TWO, what=('gradient', 'gram', 'joint'), progress=False)
+    assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == flags
+    gates = {s.layer: s.attn.sentinel.gate for s in model.sentinel_map}
+    for g in gates.values(): g.requires_grad_(True)
+    total = {l: torch.zeros_like(g) for l, g in gates.items()}
+    for row in TWO:
+        logits = model(row[None], use_cache=False).logits[0, :-1].float()
+        grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, row[1:]), list(gates.values()))
+        for l, g in zip(gates, grads): total[l] += g.square()/2
+    for l, t in total.items(): torch.testing.assert_close(stats.fisher[l, :len(t)], t, rtol=2e-3, atol=1e-9)
+    assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel_map.n_heads for k in stats.tables)
+
+
+@pytest.mark.parametrize('name', SEED + ['mistral', 'gemma2', 'falcon', 'mpt', 'gpt_oss', 'qwen3_next'])
+def test_padding_counts_for_nothing(name):
+    "Padding on the right changes no table; batches of one give what a batch of two gives."
+    model = build(name)
+    want = measure(model, TWO, progress=False)
+    wide = dict(input_ids=torch.nn.functional.pad(TWO, (0, 5)), attention_mask=torch.nn.functional.pad(torch.ones_like(TWO), (0, 5)))
+    for got in (measure(model, wide, progress=False), measure(model, TWO, batch_size=1, progress=False)):
+        for k in want.tables: torch.testing.assert_close(got[k], want[k], rtol=1e-3, atol=1e-5, equal_nan=True, msg=k)
+
+
+@pytest.mark.parametrize('name', SEED)
+def test_measuring_changes_nothing(name):
+    model = build(name).train()
+    sd, hooks = copy.deepcopy(model.state_dict()), sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    measure(model, TWO, what=('entropy', 'gradient', 'gram', 'attribution', 'joint'), steps=2, progress=False)
+    assert model.training and all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, sd[k]) for k, v in model.state_dict().items())
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks

@@ -1,0 +1,108 @@
+"""Prune, repair, compact, save, load, expand, undo: on the whole architecture matrix the original comes back bit for bit.
+
+`pytest tests/test_pruning.py -k llama` runs one architecture.
+"""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_matrix import ALL, IDS, SEED, build, greedy, logits  # noqa: E402
+
+from sentinel_ai import compact, gate_values, prune, unadapt, unprune  # noqa: E402
+
+torch.set_num_threads(1)
+CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+def same(model, sd):
+    now = model.state_dict()
+    return now.keys() == sd.keys() and all(torch.equal(now[k], v) for k, v in sd.items())
+
+
+@pytest.mark.filterwarnings('ignore:.*only columns of the output projection left')
+@pytest.mark.parametrize('name', ALL)
+def test_there_and_back(name, tmp_path):
+    model = build(name)
+    cls, sd, plain = type(model), {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    plan = prune(model, .4, CALIB, rounds=1, progress=False)
+    masked = logits(model)
+    assert plan.removed == int((gate_values(model) == 0).sum()) > 0 and not torch.equal(masked, plain)
+    compact(model)
+    small = logits(model)
+    torch.testing.assert_close(small, masked, rtol=1e-3, atol=1e-4*masked.abs().max().item())
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)  # configs don't keep it
+    assert type(back) is type(model) and torch.equal(logits(back), small), 'reload equals compact'
+    assert torch.equal(greedy(back), greedy(model))
+    for m in (model, back):
+        unadapt(unprune(m))
+        assert type(m) is cls and torch.equal(logits(m), plain)
+    assert same(model, sd) and same(back, sd)
+
+
+@pytest.mark.parametrize('name', SEED)
+@pytest.mark.parametrize('repair', ['none', 'bias', 'linear', 'affine'])
+def test_repair_helps_and_can_be_taken_back(name, repair):
+    "Repaired layers come closer to what they wrote before, on the calibration text; nothing else changes, and all of it comes back."
+    model = build(name)
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = logits(model, CALIB)
+    prune(model, .3, CALIB, criterion='random', repair='none', rounds=1, progress=False)
+    none = (logits(model, CALIB) - plain).square().mean()
+    unprune(model)
+    prune(model, .3, CALIB, criterion='random', repair=repair, rounds=1, progress=False)
+    err = (logits(model, CALIB) - plain).square().mean()
+    assert err == none if repair == 'none' else err < none, f'{repair}: {err:.2e} against {none:.2e}'
+    unadapt(unprune(model))
+    assert same(model, sd)
+
+
+def test_rounds_add_up_and_a_broken_run_leaves_nothing():
+    model = build('llama')
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match='stop'):
+        prune(model, .5, CALIB, criterion=lambda stats: (_ for _ in ()).throw(RuntimeError('stop')), rounds=2, progress=False)
+    assert same(model, sd) and type(model).__name__ == 'LlamaForCausalLM'
+    a = prune(model, 2, CALIB, progress=False)
+    b = prune(model, 4, CALIB, progress=False)
+    assert (a.removed, b.removed) == (2, 4) and not (b.keep & ~a.keep).any()
+    unadapt(unprune(model))
+    assert same(model, sd)
+
+
+@pytest.mark.parametrize('unit', ['params', 'kv_bytes', 'flops'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral', 'gemma2'])
+def test_budgets_are_met(name, unit):
+    from sentinel_ai.pruning import total_cost, unit_cost
+    model = build(name)
+    hm_all = sum(p.numel() for p in model.parameters())
+    total = {'params': hm_all, 'kv_bytes': None, 'flops': None}[unit]
+    prune(model, 0, CALIB, progress=False)
+    hm = model.sentinel_map
+    if unit == 'kv_bytes': total = total_cost(hm, 'kv_bytes')
+    if unit == 'flops': total = 2*hm.n_params + sum(4*s.head_dim*s.n_heads*512 for s in hm)
+    step = max(a*s.group + b for s in hm for a, b in [unit_cost(s, unit)])
+    budget = total - total_cost(hm, unit)/2
+    prune(model, batches=CALIB, progress=False, **{unit: budget})
+    compact(model)
+    left = {'params': lambda: sum(p.numel() for n, p in model.named_parameters() if 'sentinel' not in n),
+            'kv_bytes': lambda: total_cost(model.sentinel_map, 'kv_bytes'),
+            'flops': lambda: 2*model.sentinel_map.n_params + sum(4*s.head_dim*s.n_heads*512 for s in model.sentinel_map)}[unit]()
+    assert left <= budget + step, f'{left} of {budget}'
+
+
+@pytest.mark.parametrize('bad, match', [
+    (dict(amount=1.5), r'amount=1.5: allowed is a share'), (dict(amount=-1), 'amount=-1'), (dict(amount=10**6), 'whole number of heads'),
+    (dict(amount=.3, params=5), 'give one of'), (dict(), 'give one of'), (dict(params=3), 'without any head'), (dict(amount=.3, criterion='fischer'), 'fischer'),
+    (dict(amount=.3, scope='all'), 'scope'), (dict(amount=.3, repair='glue'), 'glue'), (dict(amount=.3, rounds=0), 'rounds=0'),
+    (dict(amount=.3, min_heads=99), 'min_heads=99'), (dict(amount=.9, min_heads=3), 'min_heads'), (dict(amount=.3, protect=[(9, 0)]), 'layer 9 head 0'),
+    (dict(amount=.3, ridge=0), 'ridge'), (dict(amount=.3, batches=[]), 'batches')])
+def test_bad_arguments_change_nothing(bad, match):
+    model = build('llama')
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises((ValueError, IndexError), match=match): prune(model, **(dict(batches=CALIB) | bad), progress=False)
+    assert type(model).__name__ == 'LlamaForCausalLM' and same(model, sd)
