@@ -8,9 +8,9 @@ __all__ = ['MODES', 'GateConfig', 'hard_concrete', 'open_prob', 'Sentinel', 'Ada
            'closed_share', 'budget_target', 'gate_penalty', 'harden_gates', 'lowest', 'merge_gates', 'unmerge_gates']
 
 # %% ../nbs/01_gates.ipynb #c0002
-import copyreg, functools, math, warnings, torch
+import copyreg, functools, math, torch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
@@ -132,7 +132,7 @@ class AdaptiveMixin:
         return _new, (_base_class(self),), *rest
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        "As in transformers. The config names the base class and holds the gates' config; merged gates are saved as a plain model."
+        "As in transformers; merged gates are saved as a plain model, others as a model of type `sentinel`."
         return _save(self, save_directory, *args, **kwargs)
 
     @property
@@ -461,18 +461,9 @@ def unmerge_gates(
 
 # %% ../nbs/01_gates.ipynb #c0069
 def _save(model, save_directory, *args, **kwargs):
-    cls, cfg, plain = type(model), model.config, is_merged(model)
-    if plain:
-        sd = kwargs.get('state_dict') or model.state_dict()
-        kwargs['state_dict'] = {k: v for k, v in sd.items() if '.sentinel.' not in k and not k.startswith('sentinel_budget')}
-    else:
-        cfg.sentinel = asdict(model.sentinel_config)
-        g = gate_values(model)
-        if ((g != 1) & ~g.isnan()).any(): warnings.warn(
-            f'{int((g < 1).sum())} gates are not 1; load_adaptive_model restores them, a plain from_pretrained ignores them. '
-            'For a folder that every reader gets right, merge_gates(model) before saving')
+    "Save as the base class, without gates."
+    cls, sd = type(model), kwargs.get('state_dict') or model.state_dict()
+    kwargs['state_dict'] = {k: v for k, v in sd.items() if '.sentinel.' not in k and not k.startswith('sentinel_budget')}
     model.__class__ = _base_class(model)
     try: return model.save_pretrained(save_directory, *args, **kwargs)
-    finally:
-        model.__class__ = cls
-        if hasattr(cfg, 'sentinel'): del cfg.sentinel
+    finally: model.__class__ = cls

@@ -6,12 +6,12 @@
 __all__ = ['EMBEDDED', 'resolve', 'explain', 'load_baseline_model', 'load_adaptive_model', 'load_tokenizer']
 
 # %% ../nbs/07_loaders.ipynb #c0002
-import copy, difflib, errno, json, os, re, torch
+import copy, difflib, errno, os, re, torch
 from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from .heads import UnsupportedArchitecture, base_model, check_decoder
-from .gates import GateConfig, adapt, is_adaptive
+from .gates import GateConfig, adapt
 
 # %% ../nbs/07_loaders.ipynb #c0006
 _MODELS = Path(__file__ if '__file__' in globals() else 'x').resolve().parent/'models'
@@ -90,8 +90,7 @@ def load_baseline_model(
         hub = {k: kwargs[k] for k in ('revision', 'token', 'cache_dir', 'trust_remote_code', 'subfolder', 'local_files_only') if k in kwargs}
         cfg = kwargs.get('config') or AutoConfig.from_pretrained(path, **hub, **extra)
         _check_config(cfg, model_name)
-        with _sentinel_keys_are_known(cfg): model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
-    if hasattr(model.config, 'sentinel'): del model.config.sentinel
+        model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
     if extra: _forget_quantization(model)
     check_decoder(model)
     return model if device is None else model.to(device)
@@ -107,20 +106,7 @@ def _forget_quantization(model):
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
 
-# %% ../nbs/07_loaders.ipynb #c0017
-@contextmanager
-def _sentinel_keys_are_known(cfg):
-    "Gates in a folder are read by `load_adaptive_model`; keep transformers from reporting them as unexpected."
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(cfg), None) if hasattr(cfg, 'sentinel') else None
-    cls = cls[0] if isinstance(cls, tuple) else cls
-    if cls is None: yield; return
-    name, own = '_keys_to_ignore_on_load_unexpected', dict(vars(cls))
-    setattr(cls, name, [*(getattr(cls, name, None) or []), r'\.sentinel\.', r'^sentinel_budget\.'])
-    try: yield
-    finally: setattr(cls, name, own[name]) if name in own else delattr(cls, name)
-
-# %% ../nbs/07_loaders.ipynb #c0019
+# %% ../nbs/07_loaders.ipynb #c0018
 def load_adaptive_model(
     model_name:str|os.PathLike, # Embedded name, folder (plain or saved from an adaptive model), GGUF file or hub name
     baseline_model:nn.Module|None=None, # Adapt a copy of this one instead of loading; it stays as it is
@@ -135,43 +121,9 @@ def load_adaptive_model(
         check_decoder(base_model(baseline_model))
         model = baseline_model if share else copy.deepcopy(baseline_model)
         return adapt(model if device is None else model.to(device), config)
-    model = load_baseline_model(model_name, device, **kwargs)
-    if is_adaptive(model): return adapt(model, config)          # saved with its plan: it is adaptive as loaded
-    saved, tensors = _saved_gates(model_name, kwargs)
-    adapt(model, saved or config)
-    if saved:
-        own, lost = model.state_dict(), [k for k in model.state_dict() if '.sentinel.' in k and k not in tensors]
-        if lost: raise OSError(f'{model_name}: config.json speaks of gates, but {len(lost)} are missing from the weights, '
-                               f'the first {lost[0]!r}; the folder is incomplete')
-        bad = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
-        if bad: raise ValueError(f'{model_name}: gate {bad[0]!r} of shape {tuple(tensors[bad[0]].shape)} does not fit this model')
-        model.load_state_dict(tensors, strict=False)
-        adapt(model, config)
-    return model
+    return adapt(load_baseline_model(model_name, device, **kwargs), config)   # one saved with gates or a plan is adaptive as loaded
 
-# %% ../nbs/07_loaders.ipynb #c0020
-def _saved_gates(model_name, kwargs):
-    "The config and the tensors of gates saved with a model; `(None, {})` if there are none."
-    from transformers.utils import cached_file
-    from safetensors import safe_open
-    path, extra = resolve(model_name)
-    if extra or model_name in EMBEDDED: return None, {}
-    hub = {k: kwargs[k] for k in ('revision', 'token', 'cache_dir', 'subfolder', 'local_files_only') if k in kwargs}
-    find = lambda f: cached_file(path, f, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
-    cfg = json.loads(Path(find('config.json')).read_text()).get('sentinel')
-    if cfg is None: return None, {}
-    unknown = set(cfg) - set(GateConfig.__dataclass_fields__)
-    if unknown: raise ValueError(f'{model_name}: gate settings {sorted(unknown)} are not known to this version; '
-                                 'it was saved by a newer one, so update sentinel_ai')
-    index = find('model.safetensors.index.json')
-    files = sorted(set(json.loads(Path(index).read_text())['weight_map'].values())) if index else ['model.safetensors']
-    tensors = {}
-    for f in files:
-        with safe_open(find(f), 'pt') as st:
-            tensors |= {k: st.get_tensor(k) for k in st.keys() if '.sentinel.' in k or k.startswith('sentinel_budget.')}
-    return GateConfig(**cfg), tensors
-
-# %% ../nbs/07_loaders.ipynb #c0021
+# %% ../nbs/07_loaders.ipynb #c0019
 def load_tokenizer(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
     **kwargs, # For `AutoTokenizer.from_pretrained`

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import AttnSite, HeadMap, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
+from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 
 # %% ../nbs/02_measure.ipynb #c0008
 def _fused(q, k, scale):
@@ -211,17 +211,21 @@ def gradients(self:_Recorder, loss): # The sum of the examples' losses
 def predictors(
     stats, # A layer's dict with `mean` `[k]` and centred `cov` `[k, k]`
     site:AttnSite, # The layer
+    repair:str='affine', # 'affine' and 'linear': other heads predict; 'bias': its mean alone is known; 'none': nothing is
     lam:float=1e-2, # Ridge, relative to the mean of the diagonal
-) -> tuple: # `M` `[k, k]`, `m` `[k]`, so that `x @ M.T + m` is what the other heads can't predict of each
+) -> tuple: # `M` `[k, k]`, `m` `[k]`, so that `x @ M.T + m` is what is lost of each head after repair
     "The residual of each head's best linear prediction from the layer's other heads. Closed heads (no variance) predict nothing."
-    C, live = stats['cov'], stats['cov'].diagonal().view(site.n_heads, -1).sum(1) > 0
+    mean, C = stats['mean'], stats['cov']
+    if repair in ('none', 'bias'): return torch.eye(len(C)).to(C), torch.zeros_like(mean) if repair == 'none' else -mean
+    if repair == 'linear': C, mean = C + torch.outer(mean, mean), torch.zeros_like(mean)
+    live = C.diagonal().view(site.n_heads, -1).sum(1) > 0
     cols = live.repeat_interleave(site.head_dim).nonzero().flatten()
     M = torch.zeros_like(C)
     if len(cols):
         T = torch.linalg.inv(ridge(C[cols][:, cols], lam)).view(-1, site.head_dim, len(cols))
         own = torch.stack([T[i, :, i*site.head_dim:(i+1)*site.head_dim] for i in range(len(T))])
         M[cols[:, None], cols] = torch.linalg.solve(own, T).flatten(0, 1)
-    return M, -M @ stats['mean']
+    return M, -M @ mean
 
 @patch
 @torch.no_grad()
@@ -248,8 +252,9 @@ def _batches(data, batch_size, device):
     elif hasattr(data, 'features') and hasattr(data, 'with_format'):
         data = list(torch.as_tensor(data.with_format('torch')['input_ids'][:]).split(batch_size))
     for i, b in enumerate(data):
-        ids, mask, labels = (b, None, None) if isinstance(b, Tensor) else (b.get(k) for k in ('input_ids', 'attention_mask', 'labels')) if hasattr(b, 'get') else (None,)*3
-        if ids is None: raise TypeError(f'batch {i} is a {type(b).__name__}; give token ids `[b, t]` or a dict with input_ids (and attention_mask, labels)')
+        if not isinstance(b, Tensor) and (not hasattr(b, 'get') or b.get('input_ids') is None):
+            raise TypeError(f'batch {i} is a {type(b).__name__}; give token ids `[b, t]` or a dict with input_ids (and attention_mask, labels)')
+        ids, mask, labels = (b, None, None) if isinstance(b, Tensor) else (b.get(k) for k in ('input_ids', 'attention_mask', 'labels'))
         ids, mask = torch.as_tensor(ids).to(device), None if mask is None else torch.as_tensor(mask).to(device).bool()
         if ids.ndim == 1: ids = ids[None]
         if ids.is_floating_point() or ids.ndim != 2 or ids.shape[1] < 2: raise ValueError(
@@ -372,7 +377,8 @@ def _repr_html_(self:HeadStats):
     head = ''.join(f'<th colspan="{self.shape[1]}" style="text-align:left;padding-left:8px">{n}</th>' for n in names)
     cols = [_cells(self[n]) for n in names]
     body = ''.join(f'<tr><th>{l}</th>' + ''.join(c[l] for c in cols) + '</tr>' for l in range(self.shape[0]))
-    note = f'{self.info.get("model_type", "?")}: {self.info.get("tokens", 0):,} tokens; rows are layers, columns heads; also {", ".join(k for k in self.tables if k not in names)}'
+    note = f'{self.info.get("model_type", "?")}: {self.info.get("tokens", 0):,} tokens; rows are layers, columns heads'
+    if more := [k for k in self.tables if k not in names]: note += f'; also {", ".join(more)}'
     return f'<table style="font-size:11px;border-collapse:collapse"><tr><th></th>{head}</tr>{body}</table><p>{note}</p>'
 
 # %% ../nbs/02_measure.ipynb #c0035
@@ -386,6 +392,10 @@ def out_columns(
 
 def _weighed(W, M): return torch.einsum('hdo,hde,heo->h', W, M, W)     # tr(W_h M_hh W_hᵀ)
 
+def _centred(d):
+    mean = d['total']/d['n']
+    return dict(mean=mean, cov=d['gram']/d['n'] - torch.outer(mean, mean))
+
 @torch.no_grad()
 def _moments(site, d):
     "Tables of one layer from its sums of inputs, and the layer's mean, covariance and gradient matrix."
@@ -398,10 +408,9 @@ def _moments(site, d):
     t = dict(use=_weighed(W, G).clamp_min(0).sqrt(), variance=_weighed(W, C).clamp_min(0), flap=(var*W.square().sum(-1)).sum(-1),
              wanda=(W.abs().sum(-1)*power.clamp_min(0).sqrt()).sum(-1), magnitude=W.flatten(1).norm(dim=1))
     if not full: return t, {}
-    cov = d['gram']/n - torch.outer(mean, mean)
-    R = torch.linalg.inv(split(torch.linalg.inv(ridge(cov))))
+    m = _centred(d)
+    R = torch.linalg.inv(split(torch.linalg.inv(ridge(m['cov']))))
     t['residue'] = _weighed(W, R)
-    m = dict(mean=mean, cov=cov)
     if 'out_grad' in d:
         m['out_grad'] = d['out_grad'].to(mean)/n
         t['obs'] = torch.einsum('hdo,hde,hep,op->h', W, R, W, m['out_grad'])
@@ -447,9 +456,10 @@ def stats(self:_Recorder, **info) -> HeadStats:
 def measure(
     model:nn.Module, # Any decoder, adapted or plain
     batches, # Token ids `[n, t]`, a dict, or an iterable of these (a `DataLoader`, a data set of `lm_dataset`)
-    what=('entropy', 'gradient', 'use'), # Any of `WHAT`; 'gram': each layer's whole covariance; 'attribution': gradients integrated over the gates; 'joint': pairs of repaired gates (a second pass)
+    what=('entropy', 'gradient', 'use'), # Any of `WHAT`: 'gram' is each layer's whole covariance, 'joint' pairs of repaired gates (a second pass)
     batch_size:int=4, # Blocks at a time, where `batches` is one tensor or a data set
     steps:int=8, # Points of the integral for 'attribution' (each costs a forward and a backward pass)
+    repair:str='affine', # For 'joint': the repair that gates leave behind, one of 'none', 'bias', 'linear', 'affine'
     offload:bool=False, # Keep sums on the CPU, so that the accelerator holds one layer's matrices at a time
     progress:bool=True, # Show a bar over batches
 ) -> HeadStats:
@@ -457,6 +467,7 @@ def measure(
     from tqdm.auto import tqdm
     what = {what} if isinstance(what, str) else set(what)
     if not what or what - set(WHAT): raise ValueError(f'what={sorted(what)}: allowed are {WHAT}')
+    if repair not in ('none', 'bias', 'linear', 'affine'): raise ValueError(f"repair={repair!r}: allowed are 'none', 'bias', 'linear', 'affine'")
     if batch_size < 1 or steps < 1: raise ValueError(f'batch_size={batch_size}, steps={steps}: both must be 1 or more')
     m = base_model(model)
     hm = getattr(m, 'sentinel_map', None) or head_map(m)
@@ -473,16 +484,16 @@ def measure(
             for batch in read(): tokens += rec.run(m, *batch, steps)
             if not tokens: raise ValueError('batches is empty: there is nothing to measure; give at least one block of token ids')
             if again:
-                rec.second_pass(what & {'gradient'})
+                rec.second_pass(what & {'gradient'}, repair)
                 for batch in read(): rec.run(m, *batch, 0)
         return rec.stats(tokens=tokens, what=sorted(what))
     finally: rec.close()
 
 @patch
-def second_pass(self:_Recorder, what):
+def second_pass(self:_Recorder, what, repair):
     "From the first pass's moments, what to look at in the second."
     for s in self.hm:
-        M, m = predictors(_moments(s, self.sums[s.layer])[1], s)
+        M, m = predictors(_centred(self.sums[s.layer]), s, repair)
         self.predict[s.layer] = M.float(), m.float()
     if self.watch: self.watch.close()
     self.watch, self.what = None, what

@@ -8,12 +8,13 @@ __all__ = ['REPAIRS', 'least_squares', 'holds_bias', 'repair_layer', 'undo_repai
 
 # %% ../nbs/03b_pruning.ipynb #c0002
 import copy, math, statistics, time, torch
+from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
-from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
+from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim, out_features
 from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt, _base_class
-from .measure import CRITERIA, NEEDS, HeadStats, measure, measuring, out_columns, ridge, score, _batches, _loss
+from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
 from .surgery import HeadPlan, compact, expand
 
 # %% ../nbs/03b_pruning.ipynb #c0008
@@ -86,7 +87,7 @@ def repair_layer(
         _remember(m, f'{name}.weight', lin.weight, old)
     if kind in ('bias', 'affine'):
         old = None if getattr(lin, 'bias', None) is None else lin.bias.detach().clone()
-        if old is None: lin.bias = nn.Parameter(lin.weight.new_zeros(W.shape[1]), requires_grad=lin.weight.requires_grad)
+        if old is None: lin.bias = nn.Parameter(lin.weight.new_zeros(W.shape[1]), lin.weight.requires_grad)
         lin.bias.add_(db.to(lin.bias))
         _remember(m, f'{name}.bias', lin.bias, old)
 
@@ -151,7 +152,7 @@ def choose(
     whole:bool=False, # Close whole KV groups
     context:int=512, # For 'flops'
 ) -> Bool[Tensor, 'l h']: # All that is closed then, the old ones included
-    "Close heads greedily until `goal` is met, to the nearest step."
+    "Close heads greedily until `goal` is met: to the nearest head for heads, at least `goal` for other units."
     H, cost, closed = hm.shape[1], {s.layer: unit_cost(s, unit, context) for s in hm}, closed.clone()
     items = [(l, hs) for l, hs in _items(hm, whole or unit == 'kv_bytes') if not all(closed[l, h] for h in hs)]
     A = torch.zeros(len(items), hm.shape[0]*H, dtype=torch.float64)
@@ -166,7 +167,7 @@ def choose(
         i = int(value.argmin()); l, hs = items[i]
         free[i] = False
         if (~closed[l] & ~hm_nan(hm)[l]).sum() - len(hs) < min_heads: continue
-        if step[i] > 0 and saved + step[i]/2 > goal: break
+        if step[i] > 0 and (saved + step[i]/2 > goal if unit == 'heads' else saved >= goal - 1e-6): break
         saved += float(step[i]); closed[l, hs] = True
         if F is not None: price = price + F[:, i]
     return closed
@@ -204,7 +205,7 @@ def choose_evenly(
     whole:bool=False, # Whole KV groups leave
 ) -> Bool[Tensor, 'l h']: # All that is closed then
     "Close the same number of heads in every layer (to the nearest that keeps groups even), each layer its cheapest."
-    res, H = closed.clone(), hm.shape[1]
+    res = closed.clone()
     for s in hm:
         g = torch.tensor(_groups(s))
         unit = int((g == g[0]).sum()) if whole else s.n_kv_heads
@@ -212,7 +213,6 @@ def choose_evenly(
         F = None if pairs is None else pairs.view(*hm.shape, *hm.shape)[s.layer, :s.n_heads, s.layer, :s.n_heads].double()
         price = scores[s.layer, :s.n_heads].double() if F is None else .5*F.diagonal().clone()
         shut, must = res[s.layer, :s.n_heads], torch.zeros(s.n_heads, dtype=torch.bool) if protect is None else protect[s.layer, :s.n_heads]
-        for h in shut.nonzero().flatten(): price = price if F is None else price + 0*F[:, h]
         while int(shut.sum()) < n: _take_one(s, g, shut, must, price, F, n, whole)
     return res
 
@@ -286,8 +286,8 @@ def prune(
     batches=None, # Calibration text: token ids `[n, t]`, dicts, a `DataLoader` or a data set of `lm_dataset`
     criterion='joint', # 'joint' (pairs of repaired gates), any of `CRITERIA`, 'auto', or a function from `HeadStats` to a table
     scope:str='global', # 'global': over all layers; 'layer': the same number in every layer
-    repair:str='affine', # One of `REPAIRS`
-    rounds:int|None=None, # Measure, choose and repair this many times; default one for every 5 % of heads
+    repair:str='affine', # One of `REPAIRS`; 'affine' falls back to 'linear' where the architecture's class can hold no bias
+    rounds:int|None=None, # Measure, choose and repair this many times; default one for every 5 % of heads, but no less than four heads at a time
     *,
     params:int|None=None, # Budget: parameters that the compact model may have
     kv_bytes:float|None=None, # Budget: bytes of KV cache per token
@@ -303,59 +303,75 @@ def prune(
     progress:bool=True, # Show bars
 ) -> HeadPlan: # What stays; `plan.info` says how it was chosen
     "Close heads and repair what is left, in closed form. Nothing is changed if an argument is bad; `compact` removes them for real."
-    a = _Args(model, amount, dict(params=params, kv_bytes=kv_bytes, flops=flops, ms=ms), batches, criterion, scope, repair, rounds, min_heads,
-              protect, whole_groups, batch_size, ridge, context, seed, progress)
+    job = _Job(amount, dict(params=params, kv_bytes=kv_bytes, flops=flops, ms=ms), batches, criterion, scope, repair, rounds, min_heads, protect,
+               whole_groups, batch_size, ridge, context, seed, progress)
     fresh, m = not is_adaptive(model), base_model(model)
+    job.check(m)
     adapt(model)
-    saved = gate_values(m), dict(m.__dict__.get('sentinel_repairs', {})), {n: p.detach().clone() for n, p in a.projections(m)}
-    try: return a.run(m)
+    saved = gate_values(m), dict(m.__dict__.get('sentinel_repairs', {})), {n: p.detach().clone() for n, p in job.projections(m)}
+    try: return job.run(m)
     except BaseException:
-        a.put_back(m, *saved)
+        job.put_back(m, *saved)
         if fresh: unadapt(m)
         raise
 
 # %% ../nbs/03b_pruning.ipynb #c0028
-class _Args:
-    "The checked arguments of `prune` and the rounds they describe."
-    def __init__(self, model, amount, budgets, batches, criterion, scope, repair, rounds, min_heads, protect, whole, batch_size, lam, context, seed, progress):
-        m = base_model(model)
-        hm = self.hm = getattr(m, 'sentinel_map', None) or head_map(m)
-        def need(ok, what, allowed):
-            if not ok: raise ValueError(f'{what}: allowed is {allowed}')
-        need(criterion in (*CRITERIA, 'joint', 'auto') or callable(criterion), f'criterion={criterion!r}', f"one of {('joint', 'auto', *CRITERIA)} or a function")
-        need(scope in ('global', 'layer'), f'scope={scope!r}', "'global' or 'layer'")
-        need(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
-        need(rounds is None or isinstance(rounds, int) and rounds >= 1, f'rounds={rounds!r}', 'None or a whole number of 1 or more')
-        need(isinstance(min_heads, int) and 0 <= min_heads <= min(s.n_heads for s in hm), f'min_heads={min_heads!r}', f'0 to {min(s.n_heads for s in hm)}')
-        need(lam > 0, f'ridge={lam!r}', 'above 0')
-        need(batches is not None, 'batches=None', 'calibration text: token ids, a DataLoader or a data set')
-        if is_adaptive(m):
-            need(not is_merged(m), 'the gates are merged', 'unmerged gates: unmerge_gates(model) first')
-            need(m.sentinel_config.mode == 'static', f'gates of mode {m.sentinel_config.mode!r}', 'static gates: harden_gates(model) first')
-        need(scope == 'global' or amount is not None, "scope='layer' with a budget", 'amount= with it')
-        self.min_heads, self.whole, self.context, self.scope = min_heads, whole, context, scope
-        self.protect = torch.zeros(hm.shape, dtype=torch.bool)
-        for l, h in protect:
-            need(0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < hm.sites[l].n_heads, f'protect: layer {l} head {h}', 'a head of the model')
-            self.protect[l, h] = True
-        if repair in ('linear', 'affine', 'bias'): _check_free(hm)
-        self.unit, self.goal = _goal(m, hm, amount, budgets, context)
-        self.repair = repair if repair not in ('bias', 'affine') or holds_bias(m) else 'none' if repair == 'bias' else 'linear'
-        need(repair != 'bias' or self.repair == 'bias', "repair='bias' on an architecture whose output projection can't hold one", "'linear' or 'none'")
-        self.reachable(hm, need)
-        self.batches = list(_batches(batches, batch_size, 'cpu'))
-        need(self.batches, 'batches without a block', 'at least one block of token ids')
-        self.amount, self.criterion, self.rounds = amount, criterion, rounds
-        self.lam, self.seed, self.progress, self.info = lam, seed, progress, {}
+def _need(ok, what, allowed):
+    if not ok: raise ValueError(f'{what}: allowed is {allowed}')
 
-    def reachable(self, hm, need):
+@dataclass
+class _Job:
+    "The arguments of `prune`, checked against a model, and the rounds they describe."
+    amount: object; budgets: dict; batches: object; criterion: object; scope: str; repair: str; rounds: int|None; min_heads: int; protected: object
+    whole: bool; batch_size: int; lam: float; context: int; seed: int; progress: bool
+    info: dict = field(default_factory=dict)
+
+    def check(self, m):
+        "Raise before anything is changed."
+        hm = getattr(m, 'sentinel_map', None) or head_map(m)
+        self.check_values(hm)
+        if is_adaptive(m):
+            _need(not is_merged(m), 'the gates are merged', 'unmerged gates: unmerge_gates(model) first')
+            _need(m.sentinel_config.mode == 'static', f'gates of mode {m.sentinel_config.mode!r}', 'static gates: harden_gates(model) first')
+        self.protect = torch.zeros(hm.shape, dtype=torch.bool)
+        for l, h in self.protected:
+            _need(0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < hm.sites[l].n_heads, f'protect: layer {l} head {h}', 'a head of the model')
+            self.protect[l, h] = True
+        if self.repair != 'none': _check_free(hm)
+        self.unit, self.goal = _goal(m, hm, self.amount, self.budgets, self.context)
+        self.settle_repair(m, hm)
+        self.reachable(hm)
+        self.batches = list(_batches(self.batches, self.batch_size, 'cpu'))
+        _need(self.batches, 'batches without a block', 'at least one block of token ids')
+
+    def check_values(self, hm):
+        c, least = self.criterion, min(s.n_heads for s in hm)
+        _need(callable(c) or c in (*CRITERIA, 'joint', 'auto'), f'criterion={c!r}', f"one of {('joint', 'auto', *CRITERIA)} or a function")
+        _need(self.scope in ('global', 'layer'), f'scope={self.scope!r}', "'global' or 'layer'")
+        _need(self.scope == 'global' or self.amount is not None, "scope='layer' with a budget", 'amount= with it')
+        _need(self.repair in REPAIRS, f'repair={self.repair!r}', f'one of {REPAIRS}')
+        _need(self.rounds is None or isinstance(self.rounds, int) and self.rounds >= 1, f'rounds={self.rounds!r}', 'None or a whole number of 1 or more')
+        _need(isinstance(self.min_heads, int) and 0 <= self.min_heads <= least, f'min_heads={self.min_heads!r}', f'0 to {least}')
+        _need(self.lam > 0, f'ridge={self.lam!r}', 'above 0')
+        _need(self.batches is not None, 'batches=None', 'calibration text: token ids, a DataLoader or a data set')
+
+    def settle_repair(self, m, hm):
+        "Without a bias to change, 'affine' becomes 'linear'; a budget of parameters leaves room for biases that repair adds."
+        if self.repair in ('bias', 'affine') and not holds_bias(m):
+            _need(self.repair == 'affine', "repair='bias' on an architecture whose output projection can't hold one", "'linear' or 'none'")
+            self.repair = 'linear'
+        if self.unit == 'params' and self.repair in ('bias', 'affine'):
+            self.goal += sum(out_features(s.out) for s in hm if getattr(core_linear(s.out), 'bias', None) is None)
+
+    def reachable(self, hm):
         "Raise if protected heads and `min_heads` leave too little to close."
         if self.unit == 'ms' or self.scope == 'layer': return
         most = choose(hm, torch.zeros(hm.shape, dtype=torch.bool), math.inf, torch.zeros(hm.shape), None, self.unit, self.min_heads, self.protect, self.whole)
         cost = {s.layer: unit_cost(s, self.unit, self.context) for s in hm}
         step = max(_step(hm, torch.zeros_like(most), cost, *it) for it in _items(hm, self.whole or self.unit == 'kv_bytes'))
         can = _saved(hm, most, cost)
-        need(self.goal <= can + step/2, f'closing {self.goal:g} {self.unit} with min_heads={self.min_heads}, {int(self.protect.sum())} protected', f'up to {can:g}')
+        what = f'closing {self.goal:g} {self.unit} with min_heads={self.min_heads}, {int(self.protect.sum())} protected'
+        _need(self.goal <= can + (step/2 if self.unit == 'heads' else 1e-6), what, f'up to {can:g}')
 
     def projections(self, m):
         for s in m.sentinel_map:
@@ -370,7 +386,7 @@ def _check_free(hm):
 
 # %% ../nbs/03b_pruning.ipynb #c0029
 @patch
-def put_back(self:_Args, m, gates, repairs, weights):
+def put_back(self:_Job, m, gates, repairs, weights):
     "Undo a run that was broken off."
     set_gates(m, gates)
     for s in m.sentinel_map:
@@ -384,49 +400,52 @@ def put_back(self:_Args, m, gates, repairs, weights):
     else: m.__dict__.pop('sentinel_repairs', None)
 
 @patch
-def run(self:_Args, m):
+def run(self:_Job, m):
     "All rounds."
     hm, shut = m.sentinel_map, lambda: (gate_values(m) == 0)
     start = shut()
     if self.unit == 'ms':
         rank = torch.rand(hm.shape, generator=torch.Generator().manual_seed(self.seed))
-        n = _fits_ms(m, self.goal, lambda n: choose(hm, start, n, rank, None, 'heads', self.min_heads, self.protect, self.whole), self.batches[0][0])
+        shape = lambda n: choose(hm, start, n, rank, None, 'heads', self.min_heads, self.protect, self.whole)
+        n = _fits_ms(m, self.goal, shape, self.batches[0][0])
         self.unit, self.goal = 'heads', float(n)
     total, before = total_cost(hm, self.unit, self.context), _saved(hm, start, {s.layer: unit_cost(s, self.unit, self.context) for s in hm})
-    rounds = self.rounds or max(1, math.ceil((self.goal - before)/total/.05 - 1e-6))
+    rounds = self.rounds or max(1, math.ceil((self.goal - before)/total/max(.05, 4/hm.n_heads) - .1))
     for r in range(rounds): self.round(m, before + (self.goal - before)*(r + 1)/rounds, total, r, rounds)
     plan = HeadPlan.from_gates(m)
-    plan.info |= dict(criterion=self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, '__name__', 'function'), scope=self.scope,
-                      repair=self.repair, rounds=rounds, tokens=sum(b[0].numel() for b in self.batches), unit=self.unit, **self.info)
+    name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, '__name__', 'function')
+    plan.info |= dict(criterion=name, scope=self.scope, repair=self.repair, rounds=rounds, tokens=sum(b[0].numel() for b in self.batches),
+                      unit=self.unit, **self.info)
     return plan
 
 # %% ../nbs/03b_pruning.ipynb #c0030
 @patch
-def round(self:_Args, m, goal, total, r, rounds):
+def round(self:_Job, m, goal, total, r, rounds):
     "Measure, choose, repair, close."
     hm, closed = m.sentinel_map, gate_values(m) == 0
     if goal <= _saved(hm, closed, {s.layer: unit_cost(s, self.unit, self.context) for s in hm}): return
-    stats = measure(m, [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in self.batches], self.needs(), progress=self.progress)
+    text = [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in self.batches]
+    stats = measure(m, text, self.needs(), repair=self.repair, progress=self.progress)
     if self.criterion == 'auto': self.criterion = self.pick(m, stats, self.goal, total)
     close = self.choice(hm, stats, closed, goal, total, self.criterion)
     self.apply(m, stats, close, closed)
 
 @patch
-def needs(self:_Args):
+def needs(self:_Job):
     c = self.criterion
     if c == 'auto': return {'entropy', 'gradient', 'gram', 'joint'}
     what = {'joint'} if c in ('joint', 'repaired') else {'entropy', 'gradient', 'gram', 'joint'} if callable(c) else NEEDS[c]
     return what | ({'gram'} if self.repair != 'none' else set())
 
 @patch
-def choice(self:_Args, hm, stats, closed, goal, total, criterion):
+def choice(self:_Job, hm, stats, closed, goal, total, criterion):
     pairs = stats.pairs if criterion == 'joint' else None
     table = score(stats, 'repaired' if criterion == 'joint' else criterion, self.seed)
     if self.scope == 'layer': return choose_evenly(hm, closed, goal/total, table, pairs, self.min_heads, self.protect, self.whole)
     return choose(hm, closed, goal, table, pairs, self.unit, self.min_heads, self.protect, self.whole, self.context)
 
 @patch
-def apply(self:_Args, m, stats, close, closed):
+def apply(self:_Job, m, stats, close, closed):
     for s in m.sentinel_map:
         new = (close & ~closed)[s.layer, :s.n_heads]
         if s.layer in stats.grams: repair_layer(m, s, new, stats.grams[s.layer], self.repair, self.lam)
@@ -435,15 +454,15 @@ def apply(self:_Args, m, stats, close, closed):
 # %% ../nbs/03b_pruning.ipynb #c0032
 @patch
 @torch.no_grad()
-def pick(self:_Args, m, stats, goal, total, candidates=('joint', 'fisher', 'taylor', 'obs', 'wanda', 'entropy')):
+def pick(self:_Job, m, stats, goal, total, candidates=('joint', 'fisher', 'taylor', 'obs', 'wanda', 'entropy')):
     closed, held = gate_values(m) == 0, self.batches[-max(1, len(self.batches)//4):]
     saved = gate_values(m), dict(m.__dict__.get('sentinel_repairs', {})), {n: p.detach().clone() for n, p in self.projections(m)}
-    res = {}
+    res, to, n = {}, lambda x: None if x is None else x.to(m.device), sum(len(i) for i, _, _ in held)
     for c in candidates:
         self.apply(m, stats, self.choice(m.sentinel_map, stats, closed, goal, total, c), closed)
-        with measuring(m):
-            res[c] = float(sum(_loss(m(i.to(m.device), attention_mask=None if k is None else k.to(m.device)).logits, y.to(m.device)) for i, k, y in held)/sum(len(i) for i, _, _ in held))
+        with measuring(m): res[c] = float(sum(_loss(m(to(i), attention_mask=to(k)).logits, to(y)) for i, k, y in held)/n)
         self.put_back(m, *saved)
     best = min(res, key=res.get)
-    self.info['auto'] = dict(picked=best, held_out_loss={k: round(v, 4) for k, v in res.items()}, why=f'lowest loss on {sum(len(b[0]) for b in held)} held-out blocks')
+    losses = {k: math.floor(v*1e4 + .5)/1e4 for k, v in res.items()}
+    self.info['auto'] = dict(picked=best, held_out_loss=losses, why=f'lowest loss on {n} held-out blocks')
     return best

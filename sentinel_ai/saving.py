@@ -6,14 +6,14 @@
 __all__ = ['FORMAT', 'SentinelConfig', 'SentinelForCausalLM', 'sentinel_config', 'model_card']
 
 # %% ../nbs/07a_saving.ipynb #c0002
-import functools, json, os, warnings, torch
+import json, os, torch
 from dataclasses import asdict
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig
-from .heads import UnsupportedArchitecture, base_model, core_linear
-from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_adaptive, is_merged, set_gates, _base_class, _save
+from .heads import base_model, core_linear, out_features
+from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
 from .surgery import HeadPlan, replay, _unwire, _wire
 from .loaders import explain
 
@@ -25,7 +25,8 @@ class SentinelConfig(PreTrainedConfig):
     "A model with gates or with heads removed: the base architecture's config, and what was done to it."
     model_type = 'sentinel'
     def __init__(self, base=None, base_class='', plan=None, gates=None, biases=(), sentinel_format=FORMAT, **kwargs):
-        self.base, self.base_class, self.plan, self.gates, self.biases, self.sentinel_format = base or {}, base_class, plan, gates or {}, list(biases), sentinel_format
+        self.base, self.base_class, self.plan, self.gates = base or {}, base_class, plan, gates or {}
+        self.biases, self.sentinel_format = list(biases), sentinel_format
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
@@ -34,10 +35,13 @@ class SentinelConfig(PreTrainedConfig):
             f'this model was saved in format {self.sentinel_format}, this version reads up to {FORMAT}; pip install -U sentinel-ai')
         mt = self.base.get('model_type')
         if mt not in CONFIG_MAPPING: raise ValueError(f'the base architecture {mt!r} is not known to this version of transformers; update it')
+        if unknown := set(self.gates) - set(GateConfig.__dataclass_fields__): raise ValueError(
+            f'gate settings {sorted(unknown)} are not known to this version; the model was saved by a newer one, so update sentinel_ai')
         return CONFIG_MAPPING[mt].from_dict(dict(self.base))
 
     def get_text_config(self, *args, **kwargs):
-        return self.base_config().get_text_config(*args, **kwargs) if self.base and self.sentinel_format <= FORMAT else self
+        if self.base.get('model_type') not in CONFIG_MAPPING: return self
+        return CONFIG_MAPPING[self.base['model_type']].from_dict(dict(self.base)).get_text_config(*args, **kwargs)
 
 # %% ../nbs/07a_saving.ipynb #c0006
 def _base_type(config):
@@ -57,7 +61,7 @@ def _shaped(config):
         self.__class__ = base
         for n in config.biases:
             lin = core_linear(self.get_submodule(n))
-            lin.bias = nn.Parameter(torch.zeros(lin.weight.shape[0 if type(lin).__name__ != 'Conv1D' else 1], dtype=lin.weight.dtype, device=lin.weight.device))
+            lin.bias = nn.Parameter(lin.weight.new_zeros(out_features(lin)))
         with torch.device('cpu'):                                # transformers builds on the meta device; index tables must not be there
             adapt(self, GateConfig(**config.gates))
             if config.plan is not None: replay(self, HeadPlan.from_dict(config.plan))
@@ -82,10 +86,11 @@ class SentinelForCausalLM:
         with explain(path):
             try: model, info = _shaped(config).from_pretrained(path, *args, config=base, output_loading_info=True, **kwargs)
             except RuntimeError as e:
-                if 'size mismatch' in str(e) or 'mismatched' in str(e): raise ValueError(f'{path}: the weights do not have the shapes that the plan in config.json says: {e}') from e
+                if 'mismatch' in str(e): raise ValueError(f'{path}: the weights do not have the shapes that the plan in config.json says: {e}') from e
                 raise
         lost = sorted(info['missing_keys']) + [str(k) for k in info.get('mismatched_keys') or ()] + sorted(info['unexpected_keys'])
-        if lost: raise ValueError(f'{path}: weights and plan do not fit each other; {len(lost)} weights are missing, left over or of another shape, the first: {lost[0]}')
+        if lost: raise ValueError(f'{path}: weights and plan do not fit each other; {len(lost)} weights are missing, left over or of another '
+                                  f'shape, the first: {lost[0]}')
         model.__class__ = adaptive_class(_base_type(config))
         _rewire(model)
         _recall(model, path, hub)
@@ -112,7 +117,8 @@ AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True
 def _plain(m):
     "Is there nothing that a plain checkpoint couldn't say?"
     g = gate_values(m)
-    return not hasattr(m, 'sentinel_plan') and (is_merged(m) or m.sentinel_config.mode == 'static' and bool(((g == 1) | g.isnan()).all()) and not _extra_biases(m))
+    if hasattr(m, 'sentinel_plan') or _extra_biases(m): return False
+    return is_merged(m) or m.sentinel_config.mode == 'static' and bool(((g == 1) | g.isnan()).all())
 
 def _extra_biases(m):
     "Output projections that repair gave a bias which the architecture's class, built from the config, doesn't have."
@@ -141,7 +147,7 @@ def sentinel_config(
 def save_pretrained(self:AdaptiveMixin,
     save_directory:str|os.PathLike, # A folder; made if it isn't there
     *args,
-    memory:bool=True, # Write what was removed, and the weights before repair, to a file beside the model, so that `expand` and `unprune` work after loading
+    memory:bool=True, # Write what was removed, and weights as they were before repair, beside the model: `expand` and `unprune` then work on it
     push_to_hub:bool=False, # Upload the folder afterwards
     repo_id:str|None=None, # Where to; default the folder's name
     **kwargs, # For transformers' `save_pretrained`: `max_shard_size`, `variant`, …
@@ -198,7 +204,8 @@ def _save_memory(m, path):
         info.setdefault('repaired', []).append(name)
     if not info: return path.unlink(missing_ok=True)
     tmp = path.with_name(path.name + '.tmp')
-    save_file({k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}, tmp, metadata=dict(format='pt', sentinel_memory=str(FORMAT), info=json.dumps(info)))
+    t = {k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}
+    save_file(t, tmp, metadata=dict(format='pt', sentinel_memory=str(FORMAT), info=json.dumps(info)))
     os.replace(tmp, path)
 
 # %% ../nbs/07a_saving.ipynb #c0014
@@ -210,7 +217,8 @@ def _recall(m, path, hub):
     if f is None: return
     with safe_open(f, 'pt') as st:
         meta = st.metadata()
-        if int(meta.get('sentinel_memory', 0)) > FORMAT: raise ValueError(f'{f}: format {meta["sentinel_memory"]}; this version reads up to {FORMAT}; pip install -U sentinel-ai')
+        if (v := int(meta.get('sentinel_memory', 0))) > FORMAT:
+            raise ValueError(f'{f}: format {v}; this version reads up to {FORMAT}; pip install -U sentinel-ai')
         info, keys = json.loads(meta['info']), list(st.keys())
         for name, r in getattr(m, 'sentinel_removed', {}).items():
             if name not in info: continue
