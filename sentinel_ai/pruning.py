@@ -118,6 +118,7 @@ def unprune(
     if hasattr(m, 'sentinel_plan'): expand(m, optimizer)
     undo_repair(m)
     set_gates(m, 1.)
+    m.__dict__.pop('sentinel_info', None)
     return model
 
 # %% ../nbs/03b_pruning.ipynb #c0018
@@ -416,6 +417,7 @@ def run(self:_Job, m):
     name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, '__name__', 'function')
     plan.info |= dict(criterion=name, scope=self.scope, repair=self.repair, rounds=rounds, tokens=sum(b[0].numel() for b in self.batches),
                       unit=self.unit, **self.info)
+    m.sentinel_info = plan.info                                        # so that `compact` and a model card know
     return plan
 
 # %% ../nbs/03b_pruning.ipynb #c0030

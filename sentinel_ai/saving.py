@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'SentinelConfig', 'SentinelForCausalLM', 'sentinel_config', 'model_card']
 
 # %% ../nbs/07a_saving.ipynb #c0002
-import json, os, torch
+import json, math, os, torch
 from dataclasses import asdict
 from pathlib import Path
 from torch import nn
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig
 from .heads import base_model, core_linear, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
-from .surgery import HeadPlan, replay, _unwire, _wire
+from .surgery import HeadPlan, replay, _size, _unwire, _wire
 from .loaders import explain
 
 # %% ../nbs/07a_saving.ipynb #c0005
@@ -104,7 +104,11 @@ class SentinelForCausalLM:
 
 def _rewire(m):
     "Make the layers' index tables anew: transformers overwrites buffers that no checkpoint holds."
+    m.sentinel_map.n_params = _size(m)                              # tied weights were two when the model was built
     if not hasattr(m, 'sentinel_plan'): return
+    gone = sum((r['size'] - p.shape[r['dim']])*math.prod(n for d, n in enumerate(p.shape) if d != r['dim'])
+               for name, r in m.sentinel_removed.items() for p in [m.get_parameter(name)])
+    m.sentinel_origin.n_params = _size(m) + gone
     for s0, s1, keep in zip(m.sentinel_origin.sites, m.sentinel_map.sites, m.sentinel_plan.keep):
         if s0 is None or int(keep.sum()) == s0.n_heads: continue
         _unwire(s0)

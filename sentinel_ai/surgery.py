@@ -51,7 +51,7 @@ def from_gates(cls:HeadPlan,
     "Keep each head whose gate isn't exactly 0. On a compact model the plan is about the original all the same."
     m = _need_adaptive(model)
     now = _plan_of(m)
-    return replace(now, keep=now.keep & (now.full(gate_values(m)) != 0), info=dict(now.info))
+    return replace(now, keep=now.keep & (now.full(gate_values(m)) != 0), info={**now.info, **m.__dict__.get('sentinel_info', {})})
 
 # %% ../nbs/03_surgery.ipynb #c0012
 @patch
@@ -437,6 +437,7 @@ def _shape_layer(s0, old, keep, columns, recs, names, optimizer, config):
     return s1
 
 # %% ../nbs/03_surgery.ipynb #c0059
+def _size(m): return sum(p.numel() for n, p in m.named_parameters() if '.sentinel.' not in n and not n.startswith('sentinel_budget'))
 def _heads_of(plan): return [k.nonzero().flatten().tolist() for k in plan.keep]
 
 def _apply(m, plan, optimizer=None, columns=()):
@@ -449,7 +450,7 @@ def _apply(m, plan, optimizer=None, columns=()):
         sites[l] = _shape_layer(s0, old, new, l in plan.columns, recs, names, optimizer, m.sentinel_config)
     m.sentinel_origin, m.sentinel_plan = origin, plan
     plan.columns = sorted({*plan.columns, *(s.layer for s in sites if s is not None and s.stay == 'qkv' and s.n_heads < origin[s.layer].n_heads)})
-    m.sentinel_compact = m.sentinel_map = replace(origin, sites=sites, n_params=sum(p.numel() for p in m.parameters()))
+    m.sentinel_compact = m.sentinel_map = replace(origin, sites=sites, n_params=_size(m))
 
 def _forget(m):
     "Leave no trace of a compaction that was undone."
