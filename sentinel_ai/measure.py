@@ -150,12 +150,16 @@ class _Recorder:
         if self.watch: self.watch.close()
 
 # %% ../nbs/02_measure.ipynb #c0020
+def _wide(x):
+    "In float64, on the CPU where the device has none (Apple's)."
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
 @patch
 def attention(self:_Recorder, site, entropy, seen, dist, first): # each [b h t]
     "Sum one call of attention over the valid tokens."
     v, curve = self.valid, self.sums[site.layer].get('curve')
-    H, seen, dist, first = (x.transpose(1, 2)[v].double() for x in (entropy, seen, dist, first))      # n h
-    pos, many = (v.cumsum(1) - 1)[v], seen > 1
+    H, seen, dist, first = (_wide(x.transpose(1, 2)[v]) for x in (entropy, seen, dist, first))         # n h
+    pos, many = (v.cumsum(1) - 1)[v].to(H.device), seen > 1
     norm = torch.where(many, H/seen.clamp_min(2).log(), 0.)
     T = max(v.shape[1], 0 if curve is None else curve.shape[0])
     new = H.new_zeros(T, site.n_heads + 1)
@@ -188,8 +192,8 @@ def inputs(self:_Recorder, site, x):
     "Sum the mean and the Gram matrix (whole, or each head's block of it) of the projection's input."
     x = x.reshape(-1, x.shape[-1])[self.valid.flatten()].float()
     G = x.mT @ x if 'gram' in self.what else torch.einsum('nhd,nhe->hde', *[x.unflatten(-1, (site.n_heads, -1))]*2)
-    dev = 'cpu' if self.offload else G.device
-    self.add(site, n=len(x), total=x.double().sum(0).to(dev), gram=G.to(dev, torch.float64))
+    keep = lambda t: _wide(t.cpu() if self.offload else t)
+    self.add(site, n=len(x), total=keep(x).sum(0), gram=keep(G))
 
 # %% ../nbs/02_measure.ipynb #c0022
 @patch
@@ -199,11 +203,12 @@ def gradients(self:_Recorder, loss): # The sum of the examples' losses
     gx = torch.autograd.grad(loss, [x for _, x, _, _ in self.seen] + ys)
     if self.predict and self.alpha == 1: self.joint(gx)
     for (site, _, raw, _), g, gy in zip(self.seen, gx, gx[len(self.seen):] or gx):
-        c = (g*raw).float().unflatten(-1, (site.n_heads, -1)).sum(-1).sum(1).double()      # b h
+        c = (g*raw).float().unflatten(-1, (site.n_heads, -1)).sum(-1).sum(1)
+        c = _wide(c)                                                                       # b h
         if self.alpha == 1 and 'gradient' in self.what:
             self.add(site, grad=c.sum(0), taylor=c.abs().sum(0), fisher=c.square().sum(0), examples=len(c))
             gy = gy.reshape(-1, gy.shape[-1])[self.valid.flatten()].float()
-            if ys: self.add(site, out_grad=(gy.mT @ gy).double())
+            if ys: self.add(site, out_grad=_wide(gy.mT @ gy))
         elif self.alpha != 1: self.add(site, attribution=c.sum(0), steps=len(c))
     self.seen.clear()
 
@@ -240,7 +245,7 @@ def joint(self:_Recorder, grads, window=16):
         if rows is None: rows = c.new_zeros(len(c), L, H)
         rows[:, site.layer, :site.n_heads] += c
     rows = rows.flatten(1)
-    new = (rows.mT @ rows).double()
+    new = _wide(rows.mT @ rows)
     self.pairs, self.examples = (new, len(self.valid)) if self.pairs is None else (self.pairs + new, self.examples + len(self.valid))
 
 # %% ../nbs/02_measure.ipynb #c0026
@@ -387,7 +392,7 @@ def out_columns(
 ) -> Float[Tensor, 'h d o']: # Float64 copy
     "Each head's columns of the output projection."
     lin = core_linear(site.out)
-    w = lin.weight.detach().double()
+    w = _wide(lin.weight.detach())
     return (w if in_dim(lin) == 0 else w.mT).unflatten(0, (site.n_heads, site.head_dim))
 
 def _weighed(W, M): return torch.einsum('hdo,hde,heo->h', W, M, W)     # tr(W_h M_hh W_hᵀ)
