@@ -90,11 +90,11 @@ class _Watch(TorchFunctionMode):
     "Hands what each attention call attends to on to `found(site, entropy, seen, distance, first)`."
     def __init__(self, hm, found):
         super().__init__()
-        self.site, self.found, self.start, self.handles = None, found, None, []
+        self.site, self.found, self.start, self.handles, self.parts = None, found, None, [], []
         for s in hm:
             self.handles += [s.attn.register_forward_pre_hook(partial(self._enter, s)), s.attn.register_forward_hook(self._leave, always_call=True)]
 
-    def _enter(self, site, module, args): self.site = site
+    def _enter(self, site, module, args): self.site = site; self.parts.clear()
     def _leave(self, module, args, out): self.site = None
     def close(self):
         for h in self.handles: h.remove()
@@ -123,9 +123,13 @@ def _softmax(self:_Watch, input, dim=-1, *args, **kwargs):
 def _give(self:_Watch, tables):
     n = self.site.n_heads
     if tables[0].shape[1] == 2*n: tables = [x.unflatten(1, (2, n)).mean(1) for x in tables]   # a differential head's two maps
-    if tables[0].shape[1] != n: raise UnsupportedArchitecture(
-        f'layer {self.site.layer} ({self.site.path}): attention ran with {tables[0].shape[1]} heads, the map says {n}')
-    self.found(self.site, *tables)
+    self.parts.append(tables)
+    heads = sum(t[0].shape[1] for t in self.parts)
+    if heads > n: raise UnsupportedArchitecture(
+        f'layer {self.site.layer} ({self.site.path}): attention ran with {heads} heads, the map says {n}')
+    if heads < n: return                                                            # uneven groups come one run after the other
+    self.found(self.site, *(torch.cat(x, 1) for x in zip(*self.parts)))
+    self.parts.clear()
 
 # %% ../nbs/02_measure.ipynb #c0019
 WHAT = ('entropy', 'gradient', 'use', 'gram', 'attribution', 'joint')

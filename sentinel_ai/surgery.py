@@ -6,7 +6,7 @@
 __all__ = ['HeadPlan', 'compact', 'expand', 'replay']
 
 # %% ../nbs/03_surgery.ipynb #c0002
-import copy, functools, inspect, re, sys, warnings, torch
+import copy, functools, inspect, itertools, re, sys, warnings, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from torch import nn, Tensor
@@ -238,14 +238,31 @@ class _Native:
     def __init__(self, module): self.__dict__.update(module=module, config=module.config.base)
     def __getattr__(self, name): return getattr(self.module, name)
 
-def _gathered_attention(module, query, key, value, attention_mask, **kwargs):
+class _Group:
+    "What SDPA asks a module: the query heads of each KV head."
+    def __init__(self, n, is_causal): self.num_key_value_groups, self.is_causal = n, is_causal
+
+def _runs(kv, is_causal):
+    "Neighbouring KV heads with as many query heads each: (slice of queries, slice of keys, their `_Group`)."
+    res, sizes = [], [len(list(g)) for _, g in itertools.groupby(kv)]
+    q = k = 0
+    for n, g in itertools.groupby(sizes):
+        m = len(list(g))
+        res.append((slice(q, q + m*n), slice(k, k + m), _Group(n, is_causal))); q += m*n; k += m
+    return res
+
+def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
     "Attention whose query heads read the KV head that the layer's index names; computed by what the model's config names at the moment."
     w, impl = module.sentinel_wiring, module.config.base._attn_implementation
-    attend, kv = ALL_ATTENTION_FUNCTIONS.get_interface(impl, w.eager), w.at('kv', key)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(impl, w.eager)
+    shared = attention_mask is None or attention_mask.shape[1] == 1
+    if impl == 'sdpa' and shared and all(kwargs.get(k) is None for k in ('s_aux', 'position_bias', 'cache')):
+        return torch.cat([attend(g, query[:, q], key[:, k], value[:, k], attention_mask, **kwargs)[0] for q, k, g in w.runs], 2), None
+    kv = w.at('kv', key)
     if impl not in ('sdpa', 'eager', 'flex_attention'): module = _Native(module)
     return attend(module, query, key.index_select(1, kv), value.index_select(1, kv), attention_mask, **kwargs)
 
-ALL_ATTENTION_FUNCTIONS.register('sentinel', _gathered_attention)
+ALL_ATTENTION_FUNCTIONS.register('sentinel', _uneven_attention)
 
 def _eager(cls):
     "The modeling file's own plain attention."
@@ -351,6 +368,7 @@ def _wire_heads(s0, s1, keep, w):
     elif s1.kv:
         w.index('kv', s1.kv)
         w.eager = _eager(type(inner))
+        w.runs = _runs(s1.kv, getattr(inner, 'is_causal', True))
     for part in s0.stay:
         w.index(part, torch.cat([s0.rows(part, h)[1] for h in (keep if part == 'q' else _firsts(s0, keep))]))
         w.taps.append(getattr(s0.attn, f'{part}_norm').register_forward_hook(getattr(w, f'pick_{part}')))

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, IDS, SEED, VARIANTS, build  # noqa: E402
 
-from sentinel_ai import adapt, random_model, set_gates  # noqa: E402
+from sentinel_ai import adapt, compact, random_model, set_gates  # noqa: E402
 from sentinel_ai.measure import measure  # noqa: E402
 
 torch.set_num_threads(1)
@@ -103,3 +103,16 @@ def test_measuring_changes_nothing(name):
     assert model.training and all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, sd[k]) for k, v in model.state_dict().items())
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3', 'gpt2', 'bloom'])
+def test_compact_models_are_measured_like_masked_ones(name):
+    "Heads that are left attend as they did, also where their groups are uneven; a layer without heads has no row."
+    model = adapt(build(name))
+    set_gates(model, {(0, 1): 0., **{(1, h): 0. for h in range(model.sentinel_map[1].n_heads)}})
+    masked = measure(model, TWO, progress=False)
+    plan = compact(model)
+    small = measure(model, TWO, progress=False)
+    for k in ('entropy', 'distance', 'sink', 'fisher', 'use'):
+        torch.testing.assert_close(plan.full(small[k])[0], masked[k][0].where(plan.keep[0], torch.nan), rtol=1e-4, atol=1e-6, equal_nan=True, msg=k)
+        assert small[k][1].isnan().all()
