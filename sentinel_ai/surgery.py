@@ -243,13 +243,10 @@ class _Group:
     def __init__(self, n, is_causal): self.num_key_value_groups, self.is_causal = n, is_causal
 
 def _runs(kv, is_causal):
-    "Neighbouring KV heads with as many query heads each: (slice of queries, slice of keys, their `_Group`)."
-    res, sizes = [], [len(list(g)) for _, g in itertools.groupby(kv)]
-    q = k = 0
-    for n, g in itertools.groupby(sizes):
-        m = len(list(g))
-        res.append((slice(q, q + m*n), slice(k, k + m), _Group(n, is_causal))); q += m*n; k += m
-    return res
+    "Neighbouring KV heads with as many query heads each: numbers of query heads and of KV heads in each run, and their `_Group`s."
+    sizes = [len(list(g)) for _, g in itertools.groupby(kv)]
+    runs = [(n, len(list(g))) for n, g in itertools.groupby(sizes)]
+    return [m*n for n, m in runs], [m for _, m in runs], [_Group(n, is_causal) for n, _ in runs]
 
 def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
     "Attention whose query heads read the KV head that the layer's index names; computed by what the model's config names at the moment."
@@ -257,7 +254,9 @@ def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(impl, w.eager)
     shared = attention_mask is None or attention_mask.shape[1] == 1
     if impl == 'sdpa' and shared and all(kwargs.get(k) is None for k in ('s_aux', 'position_bias', 'cache')):
-        return torch.cat([attend(g, query[:, q], key[:, k], value[:, k], attention_mask, **kwargs)[0] for q, k, g in w.runs], 2), None
+        nq, nk, groups = w.runs
+        parts = zip(groups, query.split(nq, 1), key.split(nk, 1), value.split(nk, 1))
+        return torch.cat([attend(g, q, k, v, attention_mask, **kwargs)[0] for g, q, k, v in parts], 2), None
     kv = w.at('kv', key)
     if impl not in ('sdpa', 'eager', 'flex_attention'): module = _Native(module)
     return attend(module, query, key.index_select(1, kv), value.index_select(1, kv), attention_mask, **kwargs)
