@@ -84,7 +84,7 @@ def _softmaxed(z, start=None, chunk=128):
     return (lse - pz).clamp_min(0), seen, dist, (first.float() - lse).exp().clamp(0, 1)
 
 # %% ../nbs/02_measure.ipynb #c0014
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.nn.functional.softmax}
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 
 class _Watch(TorchFunctionMode):
     "Hands what each attention call attends to on to `found(site, entropy, seen, distance, first)`."
@@ -512,7 +512,7 @@ CRITERIA = {  # name: (table, sign)
     'magnitude': ('magnitude', 1), 'entropy': ('entropy_norm', -1), 'taylor': ('taylor', 1), 'fisher': ('fisher', 1), 'wanda': ('wanda', 1),
     'flap': ('flap', 1), 'obs': ('obs', 1), 'attribution': ('attribution', -1), 'repaired': ('repaired', 1), 'random': (None, 1)}
 NEEDS = dict(magnitude={'use'}, entropy={'entropy'}, taylor={'gradient'}, fisher={'gradient'}, wanda={'use'}, flap={'use'},
-             obs={'gram', 'gradient'}, attribution={'attribution'}, random={'use'})
+             obs={'gram', 'gradient'}, attribution={'attribution'}, random={'use'}, repaired={'joint'}, joint={'joint'})
 
 def score(
     stats:HeadStats, # What was measured

@@ -126,12 +126,10 @@ def _plain(m):
 
 def _extra_biases(m):
     "Output projections that repair gave a bias which the architecture's class, built from the config, doesn't have."
-    now = {f'{s.path}.{s.out_name}' for s in _origin(m) if getattr(core_linear(s.out), 'bias', None) is not None}
+    now = {f'{s.path}.{s.out_name}' for s in getattr(m, 'sentinel_origin', m.sentinel_map) if getattr(core_linear(s.out), 'bias', None) is not None}
     if not now: return []
     with torch.device('meta'): twin = _base_class(m)(m.config)
     return sorted(n for n in now if getattr(core_linear(twin.get_submodule(n)), 'bias', None) is None)
-
-def _origin(m): return [s for s in getattr(m, 'sentinel_origin', m.sentinel_map)]
 
 def sentinel_config(
     model:nn.Module, # An adapted model
@@ -186,7 +184,7 @@ def _upload(d, repo_id, token):
     api.upload_folder(repo_id=api.create_repo(repo_id, exist_ok=True).repo_id, folder_path=d)
 
 # %% ../nbs/07a_saving.ipynb #c0013
-def _full(m, name, original=True):
+def _full(m, name):
     "A parameter in its original shape: what the model holds, and what was removed in its place."
     p, rec = m.get_parameter(name).detach().cpu(), getattr(m, 'sentinel_removed', {}).get(name)
     if rec is None or p.shape[rec['dim']] == rec['size']: return p
