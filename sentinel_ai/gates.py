@@ -82,6 +82,7 @@ class Sentinel(nn.Module):
         self.gate = nn.Parameter(new(config.init), requires_grad=config.mode == 'learned')
         if config.mode == 'hard_concrete': self.log_alpha = nn.Parameter(new(config.log_alpha))
         for b in ('kept', 'folded'): self.register_buffer(b, None, persistent=False) # of `merge_gates`: old columns, the gates
+        self.register_buffer('factor', None, persistent=False) # of an `Agency`: multiplies the gates, `[h]`
         self.tap = self.seen = None   # (projection, hook handle); version of `gate` last seen equal to `folded`
 
     def forward(self, sample:bool=None) -> Float[Tensor, ' h']:
@@ -102,7 +103,9 @@ class Sentinel(nn.Module):
 def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
     "Forward pre-hook of an output projection: scale each head's slice of its input."
     x = args[0]
-    g = self.forward().to(device=x.device, dtype=x.dtype)
+    g = self.forward()
+    if self.factor is not None: g = g*self.factor
+    g = g.to(device=x.device, dtype=x.dtype)
     return (x.unflatten(-1, (self.n_heads, -1)) * g[:, None]).flatten(-2), *args[1:]
 
 # %% ../nbs/01_gates.ipynb #c0018
@@ -197,6 +200,7 @@ def _place(site, config, old):
     if old:
         prev = site.attn.sentinel
         with torch.no_grad(): new.gate.copy_(prev(sample=False))
+        new.factor = prev.factor
         _detach(prev)
     site.attn.sentinel = new
     _attach(new, site.out)
@@ -268,11 +272,14 @@ def _check_gates(value, what):
 @torch.no_grad()
 def gate_values(
     model:nn.Module, # An adapted model
+    effective:bool=False, # Multiplied by the factors of an `Agency`, where there is one: what really scales a head
 ) -> Float[Tensor, 'l h']: # On the CPU, NaN where a head doesn't exist
-    "All gates in force, without noise."
+    "All gates, without noise."
     hm = _need_adaptive(model).sentinel_map
     t = torch.full(hm.shape, math.nan)
-    for s in hm: t[s.layer, :s.n_heads] = s.attn.sentinel(sample=False).float().cpu()
+    for s in hm:
+        g, a = s.attn.sentinel(sample=False), s.attn.sentinel.factor if effective else None
+        t[s.layer, :s.n_heads] = (g if a is None else g*a).float().cpu()
     return t
 
 @torch.no_grad()
@@ -410,6 +417,7 @@ def _columns(lin, site):
 def _mergeable(site):
     s, lin = site.attn.sentinel, core_linear(site.out)
     where = f'layer {site.layer}: '
+    if s.factor is not None: raise RuntimeError(f'{where}factors of an Agency are at work; agency.bake() writes them into the gates first')
     if site.out is not lin and hasattr(site.out, 'base_layer'):
         raise RuntimeError(f'{where}{site.out_name} is wrapped by an adapter ({type(site.out).__name__}); merge_and_unload() it first')
     if s.config.mode != 'static':

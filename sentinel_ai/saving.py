@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig
 from .heads import base_model, core_linear, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
-from .surgery import HeadPlan, replay, _size, _unwire, _wire
+from .surgery import HeadPlan, full_param, replay, _size, _unwire, _wire
 from .loaders import explain
 
 # %% ../nbs/07a_saving.ipynb #c0005
@@ -184,15 +184,6 @@ def _upload(d, repo_id, token):
     api.upload_folder(repo_id=api.create_repo(repo_id, exist_ok=True).repo_id, folder_path=d)
 
 # %% ../nbs/07a_saving.ipynb #c0013
-def _full(m, name):
-    "A parameter in its original shape: what the model holds, and what was removed in its place."
-    p, rec = m.get_parameter(name).detach().cpu(), getattr(m, 'sentinel_removed', {}).get(name)
-    if rec is None or p.shape[rec['dim']] == rec['size']: return p
-    full = p.new_zeros([rec['size'] if i == rec['dim'] else n for i, n in enumerate(p.shape)])
-    full.index_copy_(rec['dim'], rec['held'], p)
-    for idx, part in rec['parts']: full.index_copy_(rec['dim'], idx, part.to(p))
-    return full
-
 def _save_memory(m, path):
     from safetensors.torch import save_file
     t, info = {}, {}
@@ -202,8 +193,11 @@ def _save_memory(m, path):
         for i, (idx, part) in enumerate(r['parts']): t[f'removed/{name}/{i}/index'], t[f'removed/{name}/{i}/part'] = idx, part
     for name, (old, new) in m.__dict__.get('sentinel_repairs', {}).items():
         if old is not None: t[f'repair/{name}/old'] = old
-        if not torch.equal(_full(m, name), new): t[f'repair/{name}/new'] = new
+        if not torch.equal(full_param(m, name), new): t[f'repair/{name}/new'] = new
         info.setdefault('repaired', []).append(name)
+    for i, ((l, h), r) in enumerate(m.__dict__.get('sentinel_predictors', {}).items()):
+        t |= {f'predictor/{i}/{k}': v for k, v in r.items()}
+        info.setdefault('predictors', []).append([l, h])
     if not info: return path.unlink(missing_ok=True)
     tmp = path.with_name(path.name + '.tmp')
     t = {k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}
@@ -227,8 +221,10 @@ def _recall(m, path, hub):
             n = sum(k.startswith(f'removed/{name}/') for k in keys)//2
             r['parts'] = [(st.get_tensor(f'removed/{name}/{i}/index'), st.get_tensor(f'removed/{name}/{i}/part')) for i in range(n)]
         get = lambda k, default: st.get_tensor(k) if k in keys else default()
-        rep = {n: (get(f'repair/{n}/old', lambda: None), get(f'repair/{n}/new', lambda: _full(m, n).clone())) for n in info.get('repaired', ())}
+        rep = {n: (get(f'repair/{n}/old', lambda: None), get(f'repair/{n}/new', lambda: full_param(m, n).clone())) for n in info.get('repaired', ())}
+        predictors = {(l, h): {k: st.get_tensor(f'predictor/{i}/{k}') for k in ('T', 't0', 'W')} for i, (l, h) in enumerate(info.get('predictors', ()))}
     if rep: m.sentinel_repairs = rep
+    if predictors: m.sentinel_predictors = predictors
 
 # %% ../nbs/07a_saving.ipynb #c0015
 def model_card(
