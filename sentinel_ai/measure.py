@@ -139,7 +139,7 @@ class _Recorder:
     def __init__(self, hm, what, offload=False):
         self.hm, self.what, self.offload, self.valid, self.alpha = hm, what, offload, None, 1.
         self.sums, self.seen, self.handles, self.pairs, self.predict = {s.layer: {} for s in hm}, [], [], None, {}
-        self.outputs = 'gram' in what
+        self.outputs, self.loss = 'gram' in what, [0., 0]
         self.watch = _Watch(hm, self.attention) if 'entropy' in what else None
         for s in hm:
             self.handles += [s.out.register_forward_pre_hook(partial(self._raw, s), prepend=True),
@@ -306,7 +306,9 @@ def run(self:_Recorder, model, ids, mask, labels, steps):
     with self.watch or ExitStack(), torch.set_grad_enabled(grad):
         if not grad: (body if self.what != {'attribution'} else lambda *a, **k: None)(ids, **kw)
         else: loss = _loss(model(ids, **kw).logits, labels)
-    if grad: self.gradients(loss)
+    if grad:
+        self.loss = [self.loss[0] + float(loss.detach()), self.loss[1] + len(ids)]
+        self.gradients(loss)
     for i in range(steps if 'attribution' in self.what else 0):
         self.alpha = (i + .5)/steps
         try:
@@ -396,7 +398,7 @@ def out_columns(
 ) -> Float[Tensor, 'h d o']: # Float64 copy
     "Each head's columns of the output projection."
     lin = core_linear(site.out)
-    w = _wide(lin.weight.detach())
+    w = _wide(lin.weight.detach().clone())
     return (w if in_dim(lin) == 0 else w.mT).unflatten(0, (site.n_heads, site.head_dim))
 
 def _weighed(W, M): return torch.einsum('hdo,hde,heo->h', W, M, W)     # tr(W_h M_hh W_hᵀ)
@@ -495,7 +497,7 @@ def measure(
             if again:
                 rec.second_pass(what & {'gradient'}, repair)
                 for batch in read(): rec.run(m, *batch, 0)
-        return rec.stats(tokens=tokens, what=sorted(what))
+        return rec.stats(tokens=tokens, what=sorted(what), **(dict(loss=rec.loss[0]/rec.loss[1]) if rec.loss[1] else {}))
     finally: rec.close()
 
 @patch

@@ -1,0 +1,219 @@
+"""Heads come back: as themselves bit for bit, without a jump, for every architecture of the matrix.
+
+`pytest tests/test_regrow.py -k llama` runs one architecture.
+"""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_matrix import ALL, SEED, build, greedy, logits  # noqa: E402
+
+from sentinel_ai import compact, gate_values, prune, set_gates, unadapt, unprune  # noqa: E402
+from sentinel_ai.gates import adapt  # noqa: E402
+from sentinel_ai.heads import UnsupportedArchitecture  # noqa: E402
+from sentinel_ai.memory import HeadMemory  # noqa: E402
+from sentinel_ai.pruning import close_heads  # noqa: E402
+from sentinel_ai.regrow import INITS, Regrowth, observe, regrow  # noqa: E402
+from sentinel_ai.surgery import HeadPlan  # noqa: E402
+
+torch.set_num_threads(1)
+CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.filterwarnings('ignore:.*only columns of the output projection left', 'ignore:.*came back from memory alone')
+# a norm or a mask is made of all heads, or queries and keys aren't held head by head: a head can't be copied alone
+NO_SPLIT = {'olmo2', 'olmoe', 'bitnet', 'diffllama', 'doge'}
+
+
+def near(a, b, tol=1e-4):
+    scale = b.float().abs().max()
+    assert (a.float() - b.float()).abs().max() <= tol*scale, f'off by {(a.float()-b.float()).abs().max()/scale:.1e}'
+
+
+def same(model, sd):
+    now = model.state_dict()
+    return all(torch.equal(now[k], v) for k, v in sd.items())
+
+
+def half(name, removed=True):
+    "A model with some heads gone and repaired, remembered."
+    model = build(name)
+    HeadMemory().attach(adapt(model))
+    prune(model, .4, CALIB, rounds=2, progress=False)
+    if removed: compact(model)
+    return model
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_prune_then_regrow_is_exact(name):
+    "In two portions, compact or masked; the memory attached changes nothing."
+    model = build(name)
+    sd, plain = {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    memory = HeadMemory().attach(adapt(model))
+    assert torch.equal(logits(model), plain)
+    plan = prune(model, .4, CALIB, rounds=2, progress=False)
+    gone = [tuple(x) for x in (plan.exists & ~plan.keep).nonzero().tolist()]
+    assert set(memory) == set(gone)
+    compact(model)
+    first = regrow(model, gone[:1])
+    assert first.done and HeadPlan.from_gates(model).removed == len(gone) - 1
+    regrow(model, 1.)
+    assert bool((gate_values(model)[~gate_values(model).isnan()] == 1).all())
+    near(logits(model), plain)
+    assert torch.equal(logits(model), plain) and same(model, sd), 'bit for bit'
+    unadapt(unprune(model))
+    assert torch.equal(logits(model), plain) and same(model, sd)
+
+
+@pytest.mark.parametrize('init', INITS)
+@pytest.mark.parametrize('name', ALL)
+def test_the_start_changes_nothing(name, init):
+    "With a warm-up every way of filling a head starts where the model was, and the model still generates with its cache."
+    if name in NO_SPLIT and init == 'split':
+        with pytest.raises(UnsupportedArchitecture, match='norm or a mask'): regrow(half(name), 2, strategy='random', init=init, warmup=4)
+        return
+    model = half(name)
+    was = logits(model)
+    way = regrow(model, 2, strategy='random', init=init, warmup=4, seed=3)
+    assert len(way.heads) == 2 and not way.done
+    near(logits(model), was)
+    while way.step(): pass
+    assert way.done and not way.stopped
+    assert greedy(model).shape[1] > 4
+    now = logits(model)
+    assert not torch.isnan(now).any()
+    if init == 'zero': near(now, was)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'opt', 'gpt_neox', 'llama', 'qwen2', 'gemma2', 'gpt_oss', 'falcon-new', 'phi3', 'codegen'])
+def test_split_keeps_the_function(name):
+    for removed in (False, True):
+        model = half(name, removed)
+        was = logits(model)
+        regrow(model, 2, strategy='random', init='split', seed=1)
+        near(logits(model), was)
+
+
+@pytest.mark.parametrize('name', ['bloom', 'mpt'])
+def test_slopes_differ(name):
+    "ALiBi gives each head a slope of its own: a copy isn't its donor, so it can only be led in."
+    with pytest.raises(ValueError, match='slope of its own'): regrow(half(name), 2, strategy='random', init='split')
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_observe_leaves_no_trace(name):
+    model = half(name)
+    was, sd, parts = logits(model), {k: v.clone() for k, v in model.state_dict().items()}, {n: list(r) for n, r in model.sentinel_removed.items()}
+    stats = observe(model, CALIB, ('gradient',))
+    closed = model.sentinel_plan.exists & ~model.sentinel_plan.keep
+    assert stats['grad'][closed].abs().sum() > 0 and stats.shape == tuple(closed.shape)
+    assert torch.equal(logits(model), was) and same(model, sd) and {n: list(r) for n, r in model.sentinel_removed.items()} == parts
+
+
+def train(model, n, opt=None, lr=1e-3):
+    opt = opt or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=.1)
+    for _ in range(n):
+        loss = model(CALIB, labels=CALIB).loss
+        loss.backward(); opt.step(); opt.zero_grad()
+    return opt
+
+
+@pytest.mark.parametrize('removed', [False, True], ids=['masked', 'compact'])
+@pytest.mark.parametrize('name', SEED)
+def test_after_training(name, removed):
+    "With training in between the head comes back as it left, the others give back what they took over, and the loss starts where it was."
+    model = build(name).train()
+    memory = HeadMemory().attach(adapt(model))
+    opt = train(model, 2)
+    prune(model, .4, CALIB, rounds=1, optimizer=opt, progress=False)
+    gone = [tuple(x) for x in (gate_values(model) == 0).nonzero().tolist()]
+    model.eval(); full = logits(model); model.train()
+    if removed: compact(model, optimizer=opt)
+    train(model, 3, opt)
+    model.eval()
+    was = logits(model)
+    way = regrow(model, gone, optimizer=opt, warmup=3)
+    near(logits(model), was)
+    while way.step(): train(model.train(), 1, opt)
+    assert not model.eval().__dict__.get('sentinel_predictors') and logits(model).shape == full.shape
+    site = model.sentinel_map[gone[0][0]]
+    assert memory[gone[0]].states() and site.n_heads
+
+
+def test_shares_add_up():
+    "Whatever the order in which heads return, what is left of repair is what repair of the remaining heads alone would have left."
+    orders = [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]]
+    for order in orders:
+        model = build('gpt2', torch.float64)
+        plain = logits(model)
+        plan = prune(model, 4, CALIB, rounds=4, progress=False)
+        gone = [tuple(x) for x in (plan.exists & ~plan.keep).nonzero().tolist()]
+        for i in order[:-1]: regrow(model, [gone[i]])
+        model.sentinel_repairs.clear()                                # no snapshot: only arithmetic can bring it back
+        regrow(model, [gone[order[-1]]])
+        near(logits(model), plain, 1e-5)
+
+
+def test_a_ramp_stops_for_heads_that_are_closed_again():
+    model = half('llama', removed=False)
+    way = regrow(model, 2, strategy='random', warmup=4)
+    way.step()
+    close_heads(model, [way.heads[0]], CALIB)
+    while way.step(): pass
+    g = gate_values(model)
+    assert g[way.heads[0]] == 0 and g[way.heads[1]] == 1 and way.stopped == [way.heads[0]]
+
+
+def test_lossy_memory_is_never_taken_for_the_exact_head(tmp_path):
+    model = build('llama')
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    HeadMemory(tmp_path, 'int8').attach(adapt(model))
+    prune(model, .4, CALIB, progress=False)
+    compact(model)
+    regrow(model, 1.)
+    assert same(model, sd)
+
+
+def test_released_weights_come_back_from_memory():
+    model = build('gpt2')
+    plain = logits(model)
+    memory = HeadMemory().attach(adapt(model))
+    prune(model, 3, CALIB, rounds=1, repair='none', progress=False)
+    compact(model)
+    assert memory.release(model) > 0
+    regrow(model, 1.)
+    near(logits(model), plain, 1e-6)
+
+
+def test_state_goes_on():
+    model = half('opt')
+    way = regrow(model, 2, strategy='random', warmup=5)
+    way.step()
+    again = Regrowth.load(model, way.state_dict())
+    while again.step(): pass
+    assert again.done and not again.stopped
+
+
+def test_bad_input_changes_nothing():
+    model = half('llama')
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    for kw, what in ((dict(amount=99), 'amount=99'), (dict(amount=.2, init='memry'), 'memry'), (dict(amount=.2, warmup=-1), 'warmup=-1'),
+                     (dict(amount=.2, strategy='best', batches=CALIB), 'best'), (dict(amount=.2, alpha=2), 'alpha=2'), (dict(amount=.2, gate=0), 'gate=0'),
+                     (dict(amount=1), 'needs batches')):
+        with pytest.raises(ValueError, match=what): regrow(model, **kw)
+    with pytest.raises(TypeError, match='adapt'): regrow(build('llama'), 1)
+    assert same(model, sd)
+
+
+def test_chosen_heads_are_closed_and_repaired():
+    model = build('llama')
+    plain = logits(model)
+    with pytest.raises(ValueError, match='layer 5 head 0'): close_heads(adapt(model), [(5, 0)], CALIB)
+    close_heads(model, [(0, 1), (1, 2)], CALIB)
+    repaired = (logits(model) - plain).square().mean()
+    with pytest.raises(ValueError, match='open'): close_heads(model, [(0, 1)], CALIB)
+    unprune(model)
+    assert torch.equal(logits(model), plain)
+    set_gates(model, {(0, 1): 0., (1, 2): 0.})
+    assert repaired < (logits(model) - plain).square().mean()
