@@ -75,11 +75,14 @@ def _kept(l, site):
     if site is None: return Kept(l, None, [], [])
     s, kv = getattr(site.attn, 'sentinel', None), site.kv_of.tolist()
     with torch.no_grad(): g = torch.ones(site.n_heads) if s is None else s(sample=False).float().cpu()
+    if s is not None and s.factor is not None: g = g*s.factor.float().cpu()
     heads = g.nonzero().flatten().tolist()
     if s is not None and s.folded is not None: g = g.ne(0).float()      # merged: the weights hold them already
     return Kept(l, site if heads else None, heads, [kv[h] for h in heads], g[heads])
 
 def _check_plain(m):
+    if hasattr(m, 'sentinel_skips') and any(p.gate.any() for p in m.sentinel_skips.paths): raise ValueError(
+        'this model has skip pathways at work, which no plain architecture can hold; remove_skips(model) before exporting, or save_pretrained')
     for n, x in m.named_modules():
         if hasattr(x, 'base_layer'):
             raise ValueError(f'{n} is wrapped by an adapter ({type(x).__name__}); merge_and_unload() it before exporting')

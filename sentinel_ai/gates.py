@@ -211,6 +211,7 @@ def unadapt(
 ) -> nn.Module: # The same object, of its own class again
     "Take all gates off. Without `bake` the weights are what they were before, bit for bit (merged gates are unfolded). What is compact stays so."
     m = _need_adaptive(model)
+    if (agency := m.__dict__.get('sentinel_agency')) is not None: agency.bake() if bake else agency.detach()
     if bake: merge_gates(model)
     elif is_merged(m): unmerge_gates(model)
     for site in m.sentinel_map:

@@ -98,6 +98,8 @@ class AttnSite:
     stay: str = ''            # Parts whose rows must stay when a head leaves, as a norm or a mask is made of all heads: '', 'qk', 'qkv'
     extras: tuple = ()        # Other parameters with a share for each head: (path relative to `attn`, dim, 'q' or 'k')
     returns: str = 'pair'     # What the module's forward returns: 'pair', 'list', or 'residual' (a pair, the residual added)
+    native: 'AttnSite|None' = None # Of a layer that was widened: the site that the module was built as
+    source: tuple = ()        # and the native head that each of its heads takes after
 
     @property
     def out(self) -> nn.Module:
@@ -357,14 +359,34 @@ def narrow(self:AttnSite,
     n, kv_of, columns = len(keep), self.kv_of.tolist(), columns or 'v' in self.stay or self.layout == 'other'
     if columns: return replace(self, n_heads=n, n_kv_heads=n, kv=None, proj={}, sizes={}, extras=(), stay='qkv') if n else None
     groups = sorted({kv_of[h] for h in keep})
-    g, kv = len(groups), tuple(groups.index(kv_of[h]) for h in keep)
-    if n % g == 0 and kv == tuple(i//(n//g) for i in range(n)): kv = None
-    new = {'q': (n, self.n_heads), 'k': (g, self.n_kv_heads), 'v': (g, self.n_kv_heads)}
-    part = lambda p: (n + 2*g, self.n_heads + 2*self.n_kv_heads) if self.layout not in ('separate', 'mla') else new[p]
-    proj = {p: m for p, m in self.proj.items() if p not in self.stay}
-    return replace(self, n_heads=n, n_kv_heads=g, kv=kv, proj=proj, sizes={m: self.sizes[m]*part(p)[0]//part(p)[1] for p, m in proj.items()})
+    return _resized(self, [groups.index(kv_of[h]) for h in keep], {p: m for p, m in self.proj.items() if p not in self.stay})
 
-# %% ../nbs/00_heads.ipynb #c0039
+def _resized(site, kv, proj):
+    "A site with these KV heads for its query heads."
+    n, g = len(kv), max(kv) + 1
+    each = {'q': (n, site.n_heads), 'k': (g, site.n_kv_heads), 'v': (g, site.n_kv_heads)}
+    part = lambda p: (n + 2*g, site.n_heads + 2*site.n_kv_heads) if site.layout not in ('separate', 'mla') else each[p]
+    sizes = [(m, part(p)) for p, m in proj.items()] + [(f, each[p]) for f, _, p in site.extras]
+    even = n % g == 0 and kv == [i//(n//g) for i in range(n)]
+    return replace(site, n_heads=n, n_kv_heads=g, kv=None if even else tuple(kv), proj=proj, sizes={m: site.sizes[m]*a//b for m, (a, b) in sizes})
+
+# %% ../nbs/00_heads.ipynb #c0037
+@patch
+def widen(self:AttnSite,
+    new:list, # For each further query head: the head it takes after, and its KV head (a new one has the next free number)
+) -> 'AttnSite':
+    "The site of the layer with further query heads. Raises `UnsupportedArchitecture` where heads aren't independent of each other."
+    why = ("its heads have no rows of their own, or no layout of theirs is known" if self.layout == 'other' else
+           'a norm or a mask is made of all heads, so a further one would change the others' if self.stay else None)
+    if why: raise UnsupportedArchitecture(f'layer {self.layer} ({type(self.attn).__name__}) cannot get further heads: {why}')
+    kv, source = self.kv_of.tolist(), self.source or tuple(range(self.n_heads))
+    for src, g in new:
+        if not 0 <= src < self.n_heads or not 0 <= g <= max(kv) + 1: raise ValueError(
+            f'layer {self.layer}: a head after head {src} with KV head {g}; heads are 0 to {self.n_heads-1}, KV heads 0 to {max(kv)}, or {max(kv)+1} for a new one')
+        kv.append(g)
+    return replace(_resized(self, kv, self.proj), native=self.native or self, source=(*source, *(source[src] for src, _ in new)))
+
+# %% ../nbs/00_heads.ipynb #c0043
 UNITS = ('heads', 'params', 'kv_bytes')
 
 def head_cost(
@@ -393,7 +415,7 @@ def head_cost(
     r = share('q', site.n_heads + 2*site.n_kv_heads)
     return o + r, 2*r + e
 
-# %% ../nbs/00_heads.ipynb #c0042
+# %% ../nbs/00_heads.ipynb #c0046
 @patch
 def head_params(self:HeadMap) -> int:
     "Parameters held by heads."
@@ -419,7 +441,7 @@ def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, 
     line = lambda k, ls: (span(ls), *k[:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0')
     return [line(k, ls) for k, ls in rows]
 
-# %% ../nbs/00_heads.ipynb #c0043
+# %% ../nbs/00_heads.ipynb #c0047
 @patch
 def _repr_markdown_(self:HeadMap):
     head = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
@@ -439,7 +461,7 @@ def __repr__(self:HeadMap):
     w = [max(len(r[i]) for r in rows) for i in range(7)]
     return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows) + self._repr_markdown_().rpartition(' |')[2].replace('\n\n', '\n')
 
-# %% ../nbs/00_heads.ipynb #c0049
+# %% ../nbs/00_heads.ipynb #c0053
 @torch.no_grad()
 def probe(
     model:nn.Module, # A model whose weights may be changed for a moment

@@ -15,18 +15,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTr
 from .heads import base_model, core_linear, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
 from .surgery import HeadPlan, full_param, replay, _size, _unwire, _wire
+from .memory import HeadMemory
+from .unet import add_skips
+from .agency import Agency
 from .loaders import explain
 
 # %% ../nbs/07a_saving.ipynb #c0005
 FORMAT = 1
-_MEMORY = 'sentinel_memory.safetensors'
+_MEMORY = 'sentinel_memory.safetensors'       # what surgery and repair keep
+_HEADS = 'sentinel_heads.safetensors'         # an attached `HeadMemory`
 
 class SentinelConfig(PreTrainedConfig):
     "A model with gates or with heads removed: the base architecture's config, and what was done to it."
     model_type = 'sentinel'
-    def __init__(self, base=None, base_class='', plan=None, gates=None, biases=(), sentinel_format=FORMAT, **kwargs):
+    def __init__(self, base=None, base_class='', plan=None, gates=None, biases=(), skips=None, agency=None, sentinel_format=FORMAT, **kwargs):
         self.base, self.base_class, self.plan, self.gates = base or {}, base_class, plan, gates or {}
-        self.biases, self.sentinel_format = list(biases), sentinel_format
+        self.biases, self.skips, self.agency, self.sentinel_format = list(biases), skips, agency, sentinel_format
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
@@ -65,8 +69,10 @@ def _shaped(config):
         with torch.device('cpu'):                                # transformers builds on the meta device; index tables must not be there
             adapt(self, GateConfig(**config.gates))
             if config.plan is not None: replay(self, HeadPlan.from_dict(config.plan))
+            if config.skips is not None: add_skips(self, **config.skips)
         self.__class__ = base                                      # until it is loaded: transformers converts weights of its own classes only
     keep = {*(getattr(base, '_keep_in_fp32_modules_strict', None) or ()), 'sentinel'}
+    if config.skips is not None and config.skips['dtype'] == 'float32': keep |= {'sentinel_skips'}
     return type(base.__name__, (base,), dict(__init__=init, __module__=base.__module__, _keep_in_fp32_modules_strict=keep))
 
 # %% ../nbs/07a_saving.ipynb #c0008
@@ -93,6 +99,7 @@ class SentinelForCausalLM:
                                   f'shape, the first: {lost[0]}')
         model.__class__ = adaptive_class(_base_type(config))
         _rewire(model)
+        if config.agency is not None: Agency.from_dict(config.agency).attach(model)
         _recall(model, path, hub)
         return (model, info) if output_loading_info else model
 
@@ -110,7 +117,7 @@ def _rewire(m):
                for name, r in m.sentinel_removed.items() for p in [m.get_parameter(name)])
     m.sentinel_origin.n_params = _size(m) + gone
     for s0, s1, keep in zip(m.sentinel_origin.sites, m.sentinel_map.sites, m.sentinel_plan.keep):
-        if s0 is None or int(keep.sum()) == s0.n_heads: continue
+        if s0 is None or not hasattr(s0.inner, 'sentinel_wiring'): continue
         _unwire(s0)
         _wire(s0, s1, keep.nonzero().flatten().tolist(), s0.layer in m.sentinel_plan.columns)
 
@@ -121,7 +128,7 @@ AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True
 def _plain(m):
     "Is there nothing that a plain checkpoint couldn't say?"
     g = gate_values(m)
-    if hasattr(m, 'sentinel_plan') or _extra_biases(m): return False
+    if hasattr(m, 'sentinel_plan') or hasattr(m, 'sentinel_skips') or 'sentinel_agency' in m.__dict__ or _extra_biases(m): return False
     return is_merged(m) or m.sentinel_config.mode == 'static' and bool(((g == 1) | g.isnan()).all())
 
 def _extra_biases(m):
@@ -138,7 +145,9 @@ def sentinel_config(
     m = base_model(model)
     base = m.config.to_dict()
     plan = m.sentinel_plan.to_dict() if hasattr(m, 'sentinel_plan') else None
-    cfg = SentinelConfig(base, _base_class(m).__name__, plan, asdict(m.sentinel_config), _extra_biases(m))
+    cfg = SentinelConfig(base, _base_class(m).__name__, plan, asdict(m.sentinel_config), _extra_biases(m),
+                         m.sentinel_skips.config() if hasattr(m, 'sentinel_skips') else None,
+                         m.__dict__['sentinel_agency'].to_dict() if 'sentinel_agency' in m.__dict__ else None)
     for k in ('bos_token_id', 'eos_token_id', 'pad_token_id', 'tie_word_embeddings', 'vocab_size'):
         if hasattr(m.config, k): setattr(cfg, k, getattr(m.config, k))
     cfg.dtype = m.dtype
@@ -162,7 +171,10 @@ def save_pretrained(self:AdaptiveMixin,
     else:
         _save_sentinel(self, d, *args, **kwargs)
         if main: _write(d/'README.md', model_card(self))
-    if main: _save_memory(self, d/_MEMORY) if memory else (d/_MEMORY).unlink(missing_ok=True)
+    if main:
+        _save_memory(self, d/_MEMORY) if memory else (d/_MEMORY).unlink(missing_ok=True)
+        heads = self.__dict__.get('sentinel_memory') if memory else None
+        (d/_HEADS).unlink(missing_ok=True) if heads is None else heads.save(d/_HEADS)
     if push_to_hub and main: _upload(d, repo_id or d.name, kwargs.get('token'))
 
 def _save_sentinel(m, d, *args, **kwargs):
@@ -209,8 +221,9 @@ def _recall(m, path, hub):
     "Give a loaded model its memory, if it was saved."
     from safetensors import safe_open
     from transformers.utils import cached_file
-    f = cached_file(path, _MEMORY, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
-    if f is None: return
+    find = lambda name: cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
+    if (f := find(_HEADS)) is not None: HeadMemory.load(f).attach(m)
+    if (f := find(_MEMORY)) is None: return
     with safe_open(f, 'pt') as st:
         meta = st.metadata()
         if (v := int(meta.get('sentinel_memory', 0))) > FORMAT:

@@ -217,3 +217,30 @@ def test_chosen_heads_are_closed_and_repaired():
     assert torch.equal(logits(model), plain)
     set_gates(model, {(0, 1): 0., (1, 2): 0.})
     assert repaired < (logits(model) - plain).square().mean()
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
+    "Skips, agency and memory on a model: bit for bit the plain one; at work, saved and read again with it."
+    from transformers import AutoModelForCausalLM
+    from sentinel_ai.agency import Agency, HeadState
+    from sentinel_ai.unet import add_skips, remove_skips, set_skip_gates
+    model = build(name)
+    plain, sd = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    agency = Agency().attach(model) and model.sentinel_agency
+    memory = HeadMemory().attach(add_skips(model, rank=4))
+    assert torch.equal(logits(model), plain), 'attached parts change nothing'
+    prune(model, .3, CALIB, rounds=1, progress=False)
+    layer = next(iter(model.sentinel_map)).layer
+    head = next(h for h in range(model.sentinel_map[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel_map[layer].n_heads - 1)
+    agency.set_state([(layer, head)], HeadState.OVERLOADED, 'test')
+    compact(model)
+    if len(model.sentinel_skips.paths): set_skip_gates(model, .3)
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert torch.equal(logits(back), want) and back.sentinel_agency.to_dict() == agency.to_dict()
+    assert set(back.sentinel_memory) == set(memory) and all(back.sentinel_memory[k].same(memory[k].tensors()) for k in memory)
+    remove_skips(back)
+    unadapt(unprune(back))
+    assert torch.equal(logits(back), plain) and same(back, sd)
