@@ -5,7 +5,13 @@ from .gates import (AdaptiveMixin, GateConfig, adapt, closed_share, gate_penalty
                     merge_gates, set_gates, unadapt, unmerge_gates)
 from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
-from .pruning import prune, undo_repair, unprune
+from .pruning import close_heads, prune, undo_repair, unprune
+from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
+from .memory import HeadMemory
+from .regrow import Regrowth, observe, regrow
+from .growth import grow, init_small, ungrow
+from .agency import Agency, ConsentError, HeadState
+from .controller import ANNController, ElasticBudget, ReinforceController, ThresholdController
 from .saving import SentinelConfig, SentinelForCausalLM
 from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer

@@ -423,11 +423,13 @@ def loss(self:ANNController,
     task_loss:Float[Tensor, ''], # Of the model under the gates
     logits:Float[Tensor, 'l h'], # From `gate_logits`
     target:float, # Share to close
+    spread:float=.01, # Weight of the logits' variance
 ) -> Float[Tensor, '']:
-    "The task's loss and the price of missing the budget."
+    "The task's loss, the price of missing the budget, and a rein on the logits."
     up = lambda x: 2*x.detach() - x                     # same value, reversed gradient: descent becomes ascent
-    gap = 1 - open_prob(logits[~logits.isnan()]).mean() - target
-    return task_loss + up(self.lambda1)*gap + (1 + up(self.lambda2))*gap**2
+    a = logits[~logits.isnan()]
+    gap = 1 - open_prob(a).mean() - target
+    return task_loss + up(self.lambda1)*gap + (1 + up(self.lambda2))*gap**2 + spread*a.var(correction=0)
 
 # %% ../nbs/06_controller.ipynb #c0050
 @patch
@@ -544,7 +546,7 @@ def explain(self:ANNController,
     mean = torch.where(exists[..., None], x[exists].mean(0), 0.)
     path = mean + ((torch.arange(steps) + .5)/steps)[:, None, None, None]*(x - mean)
     table = torch.zeros(*x.shape)
-    for f in (x - mean).abs().amax((0, 1)).nonzero().flatten().tolist():
+    for f in ((x - mean).abs().amax((0, 1)) > 1e-6).nonzero().flatten().tolist():
         along = torch.zeros_like(path); along[..., f] = (x - mean)[..., f]
         table[..., f] = torch.func.jvp(net, (path,), (along,))[1].detach().mean(0)
     nan = lambda t: t.detach().masked_fill(~(exists if t.ndim == 2 else exists[..., None]), math.nan)

@@ -102,7 +102,7 @@ def _grow_heads(m, heads, init, optimizer, seed, scores):
     _can_grow(m, before, plan, want)
     scores = torch.where(strength(m).isnan(), float('nan'), scores.cpu().float())
     new = {l: _placed(before[l], n, scores[l, :before[l].n_heads]) for l, n in want.items()}
-    hm = replace(before, sites=[s and (s.widen(new[s.layer]) if s.layer in new else s) for s in before.sites])
+    hm = replace(before, sites=[s and (s.widen([(*x, init == 'split') for x in new[s.layer]]) if s.layer in new else s) for s in before.sites])
     seen, names, gates = _first_look(m), {id(p): n for n, p in m.named_parameters()}, plan.full(gate_values(m, effective=True))
     reps = {n: full_param(m, n).clone() for n in m.__dict__.get('sentinel_repairs', {})}
     notes, at = m.__dict__.setdefault('sentinel_grown', []), len(m.__dict__.get('sentinel_grown', []))
@@ -179,12 +179,12 @@ def _put(m, name, idx, value):
 @torch.no_grad()
 def _rejoin(m, note):
     "Give a split head's donor its columns back."
-    if note.get('name') not in m.__dict__.get('sentinel_removed', {}): return
+    if note.get('name') not in m.__dict__.get('sentinel_removed', {}): return                   # heads that began with columns of zeros
     d, plan, gates = m.sentinel_origin[note['layer']].head_dim, m.sentinel_plan, m.sentinel_plan.full(gate_values(m, effective=True))
     idx, mine = (torch.arange(note[k]*d, (note[k]+1)*d, device='cpu') for k in ('head', 'donor'))
     full, dim = full_param(m, note['name']), m.sentinel_removed[note['name']]['dim']
     now, new = full.index_select(dim, mine), full.index_select(dim, idx)
-    if torch.equal(now, note['after']) and torch.equal(new, note['new']): return _put(m, note['name'], mine, note['before'])
+    if 'after' in note and torch.equal(now, note['after']) and torch.equal(new, note['new']): return _put(m, note['name'], mine, note['before'])
     g, a = gates[note['layer'], note['head']].nan_to_num(), gates[note['layer'], note['donor']].nan_to_num()
     if plan.keep[note['layer'], note['head']] and a != 0: _put(m, note['name'], mine, now + new*(g/a))
 
@@ -194,7 +194,7 @@ def _drop(m, old, notes, optimizer):
     hm = getattr(m, 'sentinel_origin', None) or m.sentinel_map
     if all(a is b for a, b in zip(hm.sites, old.sites)): return
     for note in reversed(notes): _rejoin(m, note)
-    m.sentinel_grown = [n for n in m.sentinel_grown if not any(n is x for x in notes)]
+    m.sentinel_grown = [n for n in m.__dict__.get('sentinel_grown', []) if not any(n is x for x in notes)]
     plan, names, sites, recs = m.sentinel_plan, {id(p): n for n, p in m.named_parameters()}, list(m.sentinel_map.sites), m.sentinel_removed
     for l, (b, s) in enumerate(zip(hm.sites, old.sites)):
         if b is not s: sites[l] = _drop_layer(m, b, s, plan, recs, names, optimizer)
@@ -224,6 +224,13 @@ def _renumber_back(rec, dim, idx):
     if 'state' in rec: rec['state'] = {k: move(v) for k, v in rec['state'].items()}
 
 # %% ../nbs/04c_growth.ipynb #c0024
+def _notes(m, hm):
+    "What is known about each head that grew; of a model that was loaded only what the plan says."
+    known, names = {(n['layer'], n['head']): n for n in m.__dict__.get('sentinel_grown', [])}, {id(p): n for n, p in m.named_parameters()}
+    out = lambda s: names[id(core_linear(s.out).weight)]
+    return [known.get((s.layer, h), dict(layer=s.layer, head=h, donor=d) | (dict(name=out(s)) if split else {}))
+            for s in hm if s.native for h, (d, split) in enumerate(s.donors, s.native.n_heads)]
+
 def ungrow(
     model:nn.Module, # A model whose heads grew
     optimizer:torch.optim.Optimizer|None=None, # Its moments are cut with the parameters
@@ -237,7 +244,7 @@ def ungrow(
     keep = _fit(m.sentinel_plan.keep, 1, native.shape[1]) & _origin(native).exists
     if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')
     was = {n: full_param(m, n).clone() for n in m.__dict__.get('sentinel_repairs', {})}
-    _drop(m, native, list(m.__dict__.get('sentinel_grown', [])), optimizer)
+    _drop(m, native, _notes(m, hm), optimizer)
     _move_repairs(m, was)
     return model
 
@@ -444,7 +451,7 @@ def grow(
     else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
     return model
 
-# %% ../nbs/04c_growth.ipynb #c0041
+# %% ../nbs/04c_growth.ipynb #c0052
 def init_small(
     config, # A config, the `model_type` of one (with its default size), or a model whose config is taken
     keep:float=.25, # Share of heads that each layer starts with; at least one, whole groups first
@@ -461,11 +468,12 @@ def init_small(
         torch.manual_seed(seed)
         model = adapt(AutoModelForCausalLM.from_config(cfg, dtype=dtype).eval())
     plan = _origin(model.sentinel_map)
+    plan.keep = plan.exists.clone()
     for s in model.sentinel_map: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
     plan.info = dict(criterion='init_small', keep=keep, seed=seed)
     return replay(model, plan) if plan.removed else model
 
-# %% ../nbs/04c_growth.ipynb #c0044
+# %% ../nbs/04c_growth.ipynb #c0055
 def flops_per_token(
     model:nn.Module, # Any decoder, as it is now; closed heads count, removed ones don't
     context:int=512, # Tokens attended to on average

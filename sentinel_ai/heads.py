@@ -100,6 +100,7 @@ class AttnSite:
     returns: str = 'pair'     # What the module's forward returns: 'pair', 'list', or 'residual' (a pair, the residual added)
     native: 'AttnSite|None' = None # Of a layer that was widened: the site that the module was built as
     source: tuple = ()        # and the native head that each of its heads takes after
+    donors: tuple = ()        # and for each further head: the head it was made from, and whether the two share out that head's output columns
 
     @property
     def out(self) -> nn.Module:
@@ -373,18 +374,20 @@ def _resized(site, kv, proj):
 # %% ../nbs/00_heads.ipynb #c0037
 @patch
 def widen(self:AttnSite,
-    new:list, # For each further query head: the head it takes after, and its KV head (a new one has the next free number)
+    new:list, # For each further query head: the head it takes after, its KV head (a new one has the next free number), and whether they share columns
 ) -> 'AttnSite':
     "The site of the layer with further query heads. Raises `UnsupportedArchitecture` where heads aren't independent of each other."
     why = ("its heads have no rows of their own, or no layout of theirs is known" if self.layout == 'other' else
            'a norm or a mask is made of all heads, so a further one would change the others' if self.stay else None)
     if why: raise UnsupportedArchitecture(f'layer {self.layer} ({type(self.attn).__name__}) cannot get further heads: {why}')
     kv, source = self.kv_of.tolist(), self.source or tuple(range(self.n_heads))
-    for src, g in new:
-        if not 0 <= src < self.n_heads or not 0 <= g <= max(kv) + 1: raise ValueError(
-            f'layer {self.layer}: a head after head {src} with KV head {g}; heads are 0 to {self.n_heads-1}, KV heads 0 to {max(kv)}, or {max(kv)+1} for a new one')
-        kv.append(g)
-    return replace(_resized(self, kv, self.proj), native=self.native or self, source=(*source, *(source[src] for src, _ in new)))
+    for src, g, *_ in new:
+        if not 0 <= src < len(source) or not 0 <= g <= max(kv) + 1: raise ValueError(
+            f'layer {self.layer}: a head after head {src} with KV head {g}; heads are 0 to {len(source)-1}, '
+            f'KV heads 0 to {max(kv)}, or {max(kv)+1} for a new one')
+        kv.append(g); source += (source[src],)
+    donors = tuple((d, bool(split and split[0])) for d, _, *split in new)
+    return replace(_resized(self, kv, self.proj), native=self.native or self, source=source, donors=self.donors + donors)
 
 # %% ../nbs/00_heads.ipynb #c0043
 UNITS = ('heads', 'params', 'kv_bytes')

@@ -122,7 +122,7 @@ def undo_repair(
 ) -> nn.Module: # The same model
     "Take back what repair changed: bit for bit if nothing was trained since, else the difference is taken off."
     m = base_model(model)
-    if hasattr(m, 'sentinel_plan'): raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
+    if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
     m.__dict__.pop('sentinel_predictors', None)
     for name, (old, new) in m.__dict__.pop('sentinel_repairs', {}).items():
         path, _, leaf = name.rpartition('.')
@@ -140,7 +140,7 @@ def unprune(
 ) -> nn.Module: # The same model, all heads open
     "The inverse of `prune` and `compact`: all heads back, repair taken off, gates at 1."
     m = base_model(model)
-    if hasattr(m, 'sentinel_plan'): expand(m, optimizer)
+    if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: expand(m, optimizer)
     undo_repair(m)
     set_gates(m, 1.)
     m.__dict__.pop('sentinel_info', None)

@@ -30,7 +30,7 @@ class HeadPlan:
     model_type: str              # The `model_type` of the config
     columns: list = field(default_factory=list) # Layers whose query, key and value rows stay all the same
     info: dict = field(default_factory=dict)    # Anything else worth knowing that JSON can hold: criterion, amount, repair
-    grown: list = field(default_factory=list)   # Layers with heads beyond those of the config: `[layer, heads, KV heads, [[source, KV head], ...]]`
+    grown: list = field(default_factory=list)   # Layers with heads beyond those of the config: `[layer, heads, KV heads, [[donor, KV head, shared out], ...]]`
 
     @property
     def removed(self) -> int: "Heads that leave"; return int((self.exists & ~self.keep).sum())
@@ -44,7 +44,7 @@ def _origin(hm): return HeadPlan(*(2*[~hm.table().isnan()]), [0 if s is None els
 
 def _grown(hm):
     "Which layers have more heads than they were built with, and what those take after."
-    return [[s.layer, n.n_heads, n.n_kv_heads, [list(x) for x in zip(s.source, s.kv_of.tolist())][n.n_heads:]] for s in hm if (n := s.native)]
+    return [[s.layer, n.n_heads, n.n_kv_heads, [[d, g, int(x)] for (d, x), g in zip(s.donors, s.kv_of.tolist()[n.n_heads:])]] for s in hm if (n := s.native)]
 
 def _plan_of(m):
     "The plan in force: everything, for a model that isn't compact."
@@ -85,7 +85,7 @@ def compact(self:HeadPlan,
 @patch
 def kv_heads(self:HeadPlan) -> list:
     "KV heads that stay, by layer."
-    more = {l: (n, g, [k for _, k in new]) for l, n, g, new in self.grown}
+    more = {l: (n, g, [k for _, k, *_ in new]) for l, n, g, new in self.grown}
     def reads(l, n, g, h): n, g, new = more.get(l, (n, g, [])); return h//(n//g) if h < n else new[h-n]
     def count(l, n, g): return g if l in self.columns else len({reads(l, n, g, h) for h in self.keep[l].nonzero().flatten().tolist()}) if g else 0
     return [count(l, int(e.sum()), g) for l, (e, g) in enumerate(zip(self.exists, self.kv))]
@@ -487,9 +487,17 @@ def _apply(m, plan, optimizer=None, columns=()):
     origin, now, recs = getattr(m, 'sentinel_origin', None) or m.sentinel_map, _plan_of(m), m.__dict__.get('sentinel_removed')
     recs = m.sentinel_removed = {} if recs is None else recs
     names, sites = {id(p): n for n, p in m.named_parameters()}, list(m.sentinel_map.sites)
-    for l, (s0, old, new) in enumerate(zip(origin.sites, _heads_of(now), _heads_of(plan))):
-        if s0 is None or old == new and (l in now.columns) == (l in plan.columns): continue
-        sites[l] = _shape_layer(s0, old, new, l in plan.columns, recs, names, optimizer, m.sentinel_config)
+    done = []
+    try:
+        for l, (s0, old, new) in enumerate(zip(origin.sites, _heads_of(now), _heads_of(plan))):
+            if s0 is None or old == new and (l in now.columns) == (l in plan.columns): continue
+            done.append((l, s0, old, new, getattr(s0.attn, 'sentinel', None)))
+            sites[l] = _shape_layer(s0, old, new, l in plan.columns, recs, names, optimizer, m.sentinel_config)
+    except BaseException:
+        for l, s0, old, new, sentinel in done:
+            s1 = _shape_layer(s0, new, old, l in now.columns, recs, names, optimizer, m.sentinel_config)
+            if sentinel is not None: _detach(s0.attn.sentinel); s0.attn.sentinel = sentinel; _attach(sentinel, s1.out)
+        raise
     m.sentinel_origin, m.sentinel_plan = origin, plan
     plan.columns = sorted({*plan.columns, *(s.layer for s in sites if s is not None and s.stay == 'qkv' and s.n_heads < origin[s.layer].n_heads)})
     m.sentinel_compact = m.sentinel_map = replace(origin, sites=sites, n_params=_size(m))
@@ -809,7 +817,7 @@ def _renumber(rec, dim, size, idx):
 def _widen(m, hm):
     "Let the original be what the head map `hm` says, wider than it was: a model without the new heads is a compact version of it."
     old, now, names = getattr(m, 'sentinel_origin', None) or m.sentinel_map, _plan_of(m), {id(p): n for n, p in m.named_parameters()}
-    recs, more, seen = m.__dict__.setdefault('sentinel_removed', {}), 0, set()
+    recs, more = m.__dict__.setdefault('sentinel_removed', {}), 0
     for s, b in zip(old.sites, hm.sites):
         if b is s: continue
         for name, (dim, size, idx) in _places(b, s, range(s.n_heads)).items():

@@ -23,8 +23,8 @@ from .surgery import HeadPlan, compact, head_slices, original_heads, _plan_of
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
-from .checkpoint import (MARKER, check_checkpoint, extend_scheduler, latest_checkpoint, load_optimizer_state, load_rng_state, read_state,
-                                    restore, rng_state, seal, staged, sync_optimizer, unwrapped, write_run, write_state)
+from .checkpoint import (INNER, MARKER, extend_scheduler, latest_checkpoint, load_optimizer_state, load_rng_state, read_state,
+                                    restore, seal, staged, sync_optimizer, unwrapped, write_run)
 
 # %% ../nbs/10_train.ipynb #c0006
 @dataclass
@@ -98,7 +98,7 @@ def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs
         d = json.loads(old.read_text())
         self.steps, self.gates = d['steps'], [torch.tensor(g, dtype=torch.float32) for g in d['gates']]
     if state.global_step >= self.close_step and m.sentinel_config.mode != 'static': adapt(m, GateConfig(dtype=m.sentinel_config.dtype))
-    self.record(m, state.global_step)
+    if not self.steps: self.record(m, state.global_step)
 
 @patch
 def on_save(self:GateCallback, args, state, control, **kwargs):
@@ -191,9 +191,10 @@ def _note_best(self:AdaptiveTrainerMixin, run, final, tmp):
 # %% ../nbs/10_train.ipynb #c0017
 @patch
 def _save(self:AdaptiveTrainerMixin, output_dir=None, state_dict=None):
-    "Inside a checkpoint the arguments are JSON, not a pickle."
+    "Inside a checkpoint the arguments are JSON, not a pickle; where PEFT writes its adapters only, the whole model lies beside them."
     super(AdaptiveTrainerMixin, self)._save(output_dir, state_dict)
     if self._stage is None: return
+    if hasattr(self.model, 'get_base_model'): base_model(self.model).save_pretrained(Path(output_dir)/INNER)
     (Path(output_dir)/'training_args.bin').unlink(missing_ok=True)
     (Path(output_dir)/'training_args.json').write_text(self.args.to_json_string())
 
@@ -223,13 +224,15 @@ def _sealed(path): return path is not None and (Path(path)/MARKER).is_file()
 @patch
 def train(self:AdaptiveTrainerMixin, resume_from_checkpoint=None, *args, **kwargs):
     "As in transformers; with `resume_from_checkpoint=True` incomplete checkpoints are passed over."
+    for c in self.callback_handler.callbacks:
+        if hasattr(c, 'join'): c.join(self)
     if resume_from_checkpoint is True: resume_from_checkpoint = str(latest_checkpoint(self.args.output_dir) or '') or True
     return super(AdaptiveTrainerMixin, self).train(resume_from_checkpoint, *args, **kwargs)
 
 @patch
 def _load_from_checkpoint(self:AdaptiveTrainerMixin, resume_from_checkpoint, model=None):
     if not _sealed(resume_from_checkpoint): return super(AdaptiveTrainerMixin, self)._load_from_checkpoint(resume_from_checkpoint, model)
-    restore(model or self.model, resume_from_checkpoint)
+    restore(self.model if model is None else model, resume_from_checkpoint)
 
 @patch
 def _load_best_model(self:AdaptiveTrainerMixin):
@@ -238,19 +241,13 @@ def _load_best_model(self:AdaptiveTrainerMixin):
     restore(self.model, best, unwrapped(self.optimizer))
     sync_optimizer(self.optimizer, self.model, self.lr_scheduler)
 
-@patch
-def _prepare_for_training(self:AdaptiveTrainerMixin, *args, **kwargs):
-    for c in self.callback_handler.callbacks:
-        if hasattr(c, 'join'): c.join(self)
-    return super(AdaptiveTrainerMixin, self)._prepare_for_training(*args, **kwargs)
-
 # %% ../nbs/10_train.ipynb #c0020
 @patch
 def _load_optimizer_and_scheduler(self:AdaptiveTrainerMixin, checkpoint):
     if not _sealed(checkpoint): return super(AdaptiveTrainerMixin, self)._load_optimizer_and_scheduler(checkpoint)
     s, mine = read_state(checkpoint), self._stateful()
-    if odd := s['parts'].keys() ^ mine.keys(): raise ValueError(
-        f'{checkpoint} holds the state of {sorted(s["parts"]) or "no callback"}, this trainer has {sorted(mine) or "none"}; give it the same callbacks ({sorted(odd)[0]})')
+    if s['parts'].keys() != mine.keys(): raise ValueError(
+        f'{checkpoint} holds the state of {sorted(s["parts"]) or "no callback"}, this trainer has {sorted(mine) or "none"}; give it the same callbacks')
     load_optimizer_state(self.optimizer, self.model, s['optimizer'])
     extend_scheduler(self.lr_scheduler, self.optimizer)
     self.lr_scheduler.load_state_dict(s['scheduler'])
@@ -282,6 +279,7 @@ def adaptive_trainer(
 ) -> type:
     "A subclass of `base` for models that change while they train. One and the same on each call."
     if not issubclass(base, Trainer): raise TypeError(f'{base.__name__} is not a Trainer of transformers')
+    if base is Trainer or issubclass(base, AdaptiveTrainerMixin): return AdaptiveTrainer if base is Trainer else base
     return type(f'Adaptive{base.__name__}', (AdaptiveTrainerMixin, base), dict(__module__=__name__, __doc__=base.__doc__))
 
 class AdaptiveTrainer(AdaptiveTrainerMixin, Trainer):
@@ -392,7 +390,8 @@ class HeadLR:
 
     def state_dict(self) -> dict: return dict(multipliers=self.multipliers, boosts={k: list(v) for k, v in self.boosts.items()})
     def load_state_dict(self, d):
-        self.multipliers, self.boosts, self._map = _multipliers(self.multipliers.isfinite(), d['multipliers']), {k: list(v) for k, v in d['boosts'].items()}, None
+        self.multipliers = _multipliers(self.multipliers.isfinite(), d['multipliers'])
+        self.boosts, self._map = {k: list(v) for k, v in d['boosts'].items()}, None
 
 def _multipliers(exists, given):
     t = torch.where(exists, 1., math.nan)
@@ -504,7 +503,9 @@ def attach(self:Plasticity,
     if self.rates is not None: self.rates.remove()
     self.model, self.optimizer, self.scheduler = m, opt, scheduler
     if self.regrow['init'] in ('memory', 'unet') and 'sentinel_memory' not in m.__dict__: HeadMemory().attach(m)
-    if self.agency is not None and 'sentinel_agency' not in m.__dict__: self.agency.attach(m)
+    if (mine := self.agency) is not None:
+        if (old := m.__dict__.get('sentinel_agency')) is None: mine.attach(m)
+        elif old.log is None: old.log = mine.log                     # a checkpoint brought its agency back
     self.rates = None if self.head_lr is None else HeadLR(opt, m, **self.head_lr)
     return self
 
@@ -606,7 +607,8 @@ class AdaptiveCallback(TrainerCallback):
         batches=None, # Calibration text in place of evaluation data
         **kwargs, # More for `Plasticity`: agency, head_lr, seed
     ):
-        if not (isinstance(measure_batches, int) and measure_batches >= 1): raise ValueError(f'measure_batches={measure_batches!r}: allowed is a whole number of 1 or more')
+        if not (isinstance(measure_batches, int) and measure_batches >= 1): raise ValueError(
+            f'measure_batches={measure_batches!r}: allowed is a whole number of 1 or more')
         self.cycle = Plasticity(controller, batches, every, prune, regrow, compact_every, **kwargs)
         self.measure_batches, self.trainer, self.loaded = measure_batches, None, False
 
@@ -615,7 +617,8 @@ class AdaptiveCallback(TrainerCallback):
     def join(self, trainer):
         "Be told which trainer this is, for its evaluation data, log and progress bar."
         self.trainer = trainer
-        if self.cycle.batches is None and trainer.eval_dataset is not None: self.take(trainer.get_eval_dataloader())
+        data = trainer.eval_dataset
+        if self.cycle.batches is None and data is not None: self.take(trainer.get_eval_dataloader(next(iter(data)) if isinstance(data, dict) else None))
     def take(self, batches):
         "Keep the first few batches to decide on."
         few = [b for _, b in zip(range(self.measure_batches), batches)]
@@ -630,7 +633,7 @@ def on_train_begin(self:AdaptiveCallback, args, state, control, model=None, opti
     if args.world_size > 1: raise RuntimeError(
         f'{args.world_size} processes: heads that leave or return change the parameters that the processes share; train in one process')
     if state.global_step and not self.loaded: raise RuntimeError(
-        f'the run is resumed at step {state.global_step}, but this trainer did not load the cycle; use AdaptiveTrainer or adaptive_trainer({type(self.trainer or Trainer).__name__})')
+        f'the run is resumed at step {state.global_step}, but this trainer did not load the cycle; use AdaptiveTrainer, or adaptive_trainer(base) for another')
     if self.cycle.batches is None:
         if eval_dataloader is None: raise ValueError('there is nothing to decide on: give AdaptiveCallback(batches=...), or an AdaptiveTrainer an eval_dataset')
         self.take(eval_dataloader)

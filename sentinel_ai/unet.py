@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import UnsupportedArchitecture, base_model, core_linear, head_map, out_features, _stacks
+from .heads import UnsupportedArchitecture, base_model, head_map, out_features, _stacks
 from .measure import HeadStats
 from .surgery import HeadPlan
 
@@ -228,7 +228,7 @@ def set_skip_gates(
     for p, g in zip(paths, v.expand(len(paths))): p.gate.fill_(g.item())
     return model
 
-# %% ../nbs/04_unet.ipynb #c0047
+# %% ../nbs/04_unet.ipynb #c0048
 def plot_pathways(
     model:nn.Module, # A model with skip pathways
     ax=None, # Matplotlib axes; default a new figure, as high as the model is deep
@@ -247,7 +247,7 @@ def plot_pathways(
     ax.axis('off')
     return ax
 
-# %% ../nbs/04_unet.ipynb #c0048
+# %% ../nbs/04_unet.ipynb #c0049
 def _box(ax, x, y, layers):
     ax.text(x, y, 'layer ' + ', '.join(map(str, layers)), ha='center', va='center', fontsize=8, zorder=3,
             bbox=dict(boxstyle='round,pad=.35', fc='#DEEBF7', ec='#08306B', lw=.8))
@@ -258,16 +258,17 @@ def _stream(ax, a, b):
 
 def _arrow(ax, a, b, g):
     "A pathway; those between blocks that aren't side by side are drawn as arcs."
-    same = a[0] == b[0]
     mid = [(a[0]+b[0])/2, (a[1]+b[1])/2]
-    if same: mid[0] += (-.22 if a[0] == 0 else .22)
     style = dict(arrowstyle='-|>', color='#BDBDBD' if g == 0 else '#0072B2' if g > 0 else '#D55E00', ls='--' if g == 0 else '-',
                  lw=.8 + min(4., 4*abs(g)), shrinkA=24, shrinkB=24, mutation_scale=9)
-    if same: style['connectionstyle'] = f'arc3,rad={.5 if a[0] == 0 else -.5}'
+    if a[0] == b[0]:                                    # both on one side: an arc along the outer edge
+        out = -.13 if a[0] == 0 else .13
+        a, b, mid[0] = (a[0]+out, a[1]), (b[0]+out, b[1]), a[0] + 2*out
+        style |= dict(connectionstyle='arc3,rad=.5', shrinkA=1, shrinkB=1)
     ax.annotate('', b, a, zorder=2, arrowprops=style)
     ax.text(*mid, f'{g:.3g}', fontsize=7, ha='center', va='center', zorder=4, bbox=dict(fc='white', ec='none', pad=.8))
 
-# %% ../nbs/04_unet.ipynb #c0053
+# %% ../nbs/04_unet.ipynb #c0054
 def mirror(
     table:Float[Tensor, 'l h'], # In the original model's numbering, NaN where no head exists
     keep=None, # Boolean `[l, h]`: the heads that count; default all that exist
@@ -284,7 +285,7 @@ def mirror(
     if len(row) % 2: row[len(row)//2] = math.nan
     return row
 
-# %% ../nbs/04_unet.ipynb #c0056
+# %% ../nbs/04_unet.ipynb #c0057
 def mirror_context(
     stats:HeadStats, # What was measured, in the original model's numbering
     names:tuple=('entropy_norm', 'taylor', 'gate'), # Tables of `stats`, and 'gate'

@@ -77,11 +77,9 @@ def test_withdrawn_heads_leave_and_stay_away(name):
     masked = logits(model)
     assert torch.equal(masked, logits(set_gates(adapt(build(name)), table)))
     plan = compact(model)
-    agency.sync()
     assert torch.equal(plan.keep, agency.consent)
     torch.testing.assert_close(logits(model), masked, rtol=1e-4, atol=1e-4)
     expand(model)
-    agency.sync()
     set_gates(model, 1.)
     assert torch.equal(logits(model), masked)
     agency.grant(closed(table), 'test')
@@ -122,10 +120,8 @@ def test_part_of_the_heads_returns(name):
     agency.withdraw([(0, 0), (0, 2)], 'test')
     agency.set_state((0, 3), 'overloaded', 'test')
     compact(model)
-    agency.sync()
     assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., .5]
     reattach(model, [(0, 2)])
-    agency.sync()
     assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., 0., .5]
     agency.grant([(0, 0), (0, 2)], 'test')
     assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., 1., .5]
@@ -195,7 +191,6 @@ def test_measured_on_models():
     agency.update(measure(model, IDS.repeat(3, 1), what=('gradient', 'use'), progress=False))
     agency.withdraw([(0, 0), (1, 2)], 'test')
     plan = compact(model)
-    agency.sync()
     stats = measure(model, IDS.repeat(3, 1), what=('gradient', 'use'), progress=False)
     with pytest.raises(ValueError, match='plan.full'): agency.update(stats)
     agency.update(HeadStats({k: plan.full(t) for k, t in stats.tables.items()}))
@@ -232,10 +227,15 @@ def test_policies(policy, tmp_path):
     assert agency.states[0, 1] == agency.states[1, 0] == HeadState.WITHDRAWN
 
 
-def test_lost_gates_are_noticed():
+def test_gates_taken_off():
+    "Taking the gates off detaches; consent is remembered and holds again when it is attached."
     model, agency = attached('llama')
+    agency.withdraw((0, 1), 'test')
     unadapt(model)
-    with pytest.raises(RuntimeError, match='lost its gates'): agency.withdraw((0, 1), 'test')
-    assert agency.consent.all() and not agency.events
-    agency.attach(model).sentinel_agency.withdraw((0, 1), 'test')
+    assert agency.model is None and 'sentinel_agency' not in model.__dict__ and torch.equal(logits(model), logits(build('llama')))
+    agency.attach(model)
     assert gate_values(model, effective=True)[0, 1] == 0
+    del model.sentinel_agency                          # gates taken off behind its back
+    unadapt(model)
+    with pytest.raises(RuntimeError, match='lost its gates'): agency.withdraw((0, 2), 'test')
+    assert agency.consent[0, 2] and len(agency.events) == 1

@@ -402,3 +402,19 @@ def test_unlisted_architectures():
         want = logits(set_gates(model, uneven(model, 2, 0)))
         compact(model)
         close(logits(model), want)
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'bloom'])
+def test_a_failure_half_way_is_undone(name, monkeypatch):
+    "If a layer can't be shaped, those before it are as they were."
+    from sentinel_ai import surgery
+    model = masked(name, 1)
+    want, sd, calls, real = logits(model), state(model), [], surgery._wire
+    def fail(s0, s1, keep, *args):
+        if s0.layer == 1 and not calls: calls.append(1); raise MemoryError('no room')
+        return real(s0, s1, keep, *args)
+    monkeypatch.setattr(surgery, '_wire', fail)
+    with pytest.raises(MemoryError): compact(model)
+    assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not hasattr(model, 'sentinel_plan')
+    compact(model)
+    close(logits(model), want)
