@@ -15,3 +15,14 @@ from .controller import ANNController, ElasticBudget, ReinforceController, Thres
 from .saving import SentinelConfig, SentinelForCausalLM
 from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
+
+_LATER = dict(train=('AdaptiveCallback', 'AdaptiveTrainer', 'GateCallback', 'GateRun', 'HeadLR', 'Plasticity', 'adaptive_trainer', 'train_gates'),
+              checkpoint=('latest_checkpoint', 'load_checkpoint', 'restore', 'save_checkpoint'))
+
+
+def __getattr__(name):
+    "What needs transformers' Trainer is imported when it is asked for."
+    import importlib
+    for module, names in _LATER.items():
+        if name in names: return getattr(importlib.import_module(f'.{module}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -518,6 +518,7 @@ class Contributions:
     base: Float[Tensor, 'l h']        # Logits of the average head
     logits: Float[Tensor, 'l h']      # Logits
 
+    def __repr__(self): return f'Contributions of {self.table.shape[-1]} inputs to the logits of {int((~self.logits.isnan()).sum())} heads'
     def top(self, layer:int, head:int, n:int=5) -> list:
         "The inputs that matter most for one head, as `(name, contribution)`."
         row = self.table[layer, head]

@@ -6,8 +6,8 @@
 __all__ = ['DTYPES', 'sole', 'read_head', 'write_head', 'pack', 'unpack', 'HeadRecord', 'HeadMemory']
 
 # %% ../nbs/04a_memory.ipynb #c0003
-import json, math, os, tempfile, warnings, torch
-from dataclasses import dataclass, field
+import json, math, os, warnings, torch
+from dataclasses import dataclass
 from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -52,9 +52,9 @@ def write_head(
 ):
     "The inverse of `read_head`."
     for name, dim, idx, part in head_slices(site, head):
-        if part not in parts or (name, part) not in values: continue
+        if part not in parts: continue
         p = site.attn.get_parameter(name)
-        p.index_copy_(dim, idx.to(p.device), values[name, part].to(p))
+        if (name, part) in values: p.index_copy_(dim, idx.to(p.device), values[name, part].to(p))
         for k, v in (optimizer.state.get(p, {}) if optimizer is not None else {}).items():
             if (name, part, k) in moments: v.index_copy_(dim, idx.to(v.device), moments[name, part, k].to(v))
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim, out_features
 from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt, _base_class
 from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
-from .surgery import HeadPlan, compact, expand, add_full, full_param, local_head, original_heads, set_full, _plan_of
+from .surgery import HeadPlan, compact, expand, add_full, full_param, local_head, original_heads, _plan_of
 
 # %% ../nbs/03b_pruning.ipynb #c0008
 REPAIRS = ('none', 'bias', 'linear', 'affine')

@@ -6,12 +6,12 @@
 __all__ = ['STRATEGIES', 'INITS', 'observe', 'wish', 'procrustes', 'Regrowth', 'regrow']
 
 # %% ../nbs/04b_regrow.ipynb #c0003
-import inspect, json, math, warnings, torch
+import inspect, math, warnings, torch
 from dataclasses import dataclass, field
 from torch import nn, Tensor
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import UnsupportedArchitecture, base_model, core_linear, in_dim
+from .heads import UnsupportedArchitecture, base_model, core_linear
 from .gates import adapt, gate_values, set_gates, _need_adaptive
 from .measure import HeadStats, measure
 from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, reattach, set_full, _plan_of, _ready
@@ -207,7 +207,8 @@ def regrow(
     known = {k: job.known(k, k in removed) for k in heads}
     shares = {k: job.plant(k, known[k]) for k in sorted(heads, key=job.left, reverse=True)}
     target = {k: job.gate(k, gate) for k in heads}
-    res = Regrowth(model, {k: shares[k] for k in heads}, target, max(1, warmup), dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed))
+    info = dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed)
+    res = Regrowth(model, {k: shares[k] for k in heads}, target, max(1, warmup), info)
     if warmup == 0: res.step(); job.settle(); res.warmup = 0
     return res
 
@@ -220,7 +221,8 @@ def _pick(m, amount, batches, strategy, stats, seed, init):
         for l, h in heads:
             if not (0 <= l < len(closed) and 0 <= h < closed.shape[1] and plan.exists[l, h]): raise IndexError(
                 f'layer {l} head {h}: the original model has layers 0 to {len(closed)-1} with {plan.exists.sum(1).tolist()} heads')
-            if not closed[l, h] and (agency is None or agency.consent[l, h]): raise ValueError(f'layer {l} head {h} is open already; closed are {closed.nonzero().tolist()[:8]}')
+            if not closed[l, h] and (agency is None or agency.consent[l, h]): raise ValueError(
+                f'layer {l} head {h} is open already; closed are {closed.nonzero().tolist()[:8]}')
         return agency.allow(heads, 'regrow') if agency is not None else heads
     total, most = int(plan.exists.sum()), int(closed.sum())
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= (1 if isinstance(amount, float) else total): raise ValueError(
@@ -243,9 +245,10 @@ def _possible(m, heads, init, warmup):
         s, where = origin[l], f'layer {l} ({type(origin[l].attn).__name__})'
         if init != 'memory': _check_free(origin)
         if init == 'split':
-            if s.layout == 'other' or s.stay: raise UnsupportedArchitecture(f"{where}: a head can't be copied alone, as a norm or a mask is made of all heads; use init='memory' or 'zero'")
-            if _alibi(m, s) and not warmup: raise ValueError(f'{where}: each head has a slope of its own (ALiBi), so a copy differs from its donor; give warmup=, '
-                                                             'which starts without a change')
+            if s.layout == 'other' or s.stay: raise UnsupportedArchitecture(
+                f"{where}: a head can't be copied alone, as a norm or a mask is made of all heads; use init='memory' or 'zero'")
+            if _alibi(m, s) and not warmup: raise ValueError(
+                f'{where}: each head has a slope of its own (ALiBi), so a copy differs from its donor; give warmup=, which starts without a change')
             if m.sentinel_map.sites[l] is None or not (gate_values(m, effective=True)[l] > 0).any(): raise ValueError(
                 f"{where} has no open head that could be split; use init='memory', 'zero' or 'random'")
 
@@ -258,8 +261,15 @@ class _Seed:
     back: list = field(default_factory=list)
 
     def __post_init__(self): self.gen, self.memory = torch.Generator().manual_seed(self.seed), self.m.__dict__.get('sentinel_memory')
-    def left(self, key): order = list(self.m.__dict__.get('sentinel_predictors', {})); return order.index(key) if key in order else -1
-    def gate(self, key, default): return (self.memory[key].meta['gate'] or default) if self.init in ('memory', 'unet') and self.memory is not None and key in self.memory else default
+    def left(self, key):
+        "When it left: its place among all that were repaired for."
+        order = list(self.m.__dict__.get('sentinel_predictors', {}))
+        return order.index(key) if key in order else -1
+
+    def gate(self, key, default):
+        "The gate at the end of the way."
+        known = self.init in ('memory', 'unet') and self.memory is not None and key in self.memory
+        return (self.memory[key].meta['gate'] or default) if known else default
 
     def known(self, key, removed):
         "Are the head's weights at hand: never removed, kept by surgery, or remembered?"
@@ -274,15 +284,8 @@ class _Seed:
         if self.memory is None or key not in self.memory: return
         rec, (now, _) = self.memory[key], read_head(site, i)
         parts = 'qkvo' if sole(self.m, site, i) else 'qo'
-        if not rec.same({k: v for k, v in now.items() if k[1] in parts}): write_head(site, i, rec.tensors(), parts=parts)
-        write_head(site, i, {}, {}) if self.optimizer is None else self.moments(site, i, rec, parts)
-
-    def moments(self, site, i, rec, parts):
-        states = rec.states()
-        for name, dim, idx, part in head_slices(site, i):
-            p = site.attn.get_parameter(name)
-            for k, v in self.optimizer.state.get(p, {}).items():
-                if part in parts and (name, part, k) in states: v.index_copy_(dim, idx.to(v.device), states[name, part, k].to(v))
+        same = rec.same({k: v for k, v in now.items() if k[1] in parts})
+        write_head(site, i, {} if same else rec.tensors(), rec.states(), self.optimizer, parts)
 
 # %% ../nbs/04b_regrow.ipynb #c0029
 @patch

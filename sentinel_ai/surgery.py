@@ -199,9 +199,9 @@ def _places(s0, s1, keep, columns=False):
 
 # %% ../nbs/03_surgery.ipynb #c0032
 def _core_name(attn, name, w):
-    "Look through Moshi's wrapper."
-    m = attn.get_submodule(name)
-    return f'{name}.{w}' if m is core_linear(m) else f'{name}.linear.{w}'
+    "Look through wrappers (an adapter's, Moshi's) to the layer that holds the weight."
+    m, core = attn.get_submodule(name), core_linear(attn.get_submodule(name))
+    return f'{name}.{w}' if m is core else f'{name}.{next(n for n, x in m.named_modules() if x is core)}.{w}'
 
 def _param(attn, name):
     path, _, w = name.rpartition('.')
@@ -231,7 +231,9 @@ def _move(p, dim, size, idx, rec, optimizer):
     like = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape and v.ndim}
     new, rec['parts'] = _hold(data, rec.get('parts', []), dim, held, idx, size)
     for k, v in like.items(): state[k], rec.setdefault('state', {})[k] = _hold(v, rec.get('state', {}).get(k, []), dim, held, idx, size)
-    if new is not data: p.grad, p.data = None, new
+    if new is not data:
+        p.grad, p.data = None, new.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
+        p.data = new            # in between another type, or a loss that is still held would keep the shape in which a gradient is to arrive
     rec.update(dim=dim, size=size, held=idx)
 
 # %% ../nbs/03_surgery.ipynb #c0042

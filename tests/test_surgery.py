@@ -418,3 +418,15 @@ def test_a_failure_half_way_is_undone(name, monkeypatch):
     assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not hasattr(model, 'sentinel_plan')
     compact(model)
     close(logits(model), want)
+
+
+def test_a_loss_that_is_still_held():
+    "In a plain training loop the last loss lives on while heads leave; the next backward pass finds the new shapes."
+    model = adapt(build('llama')).train()
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for step in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward(); opt.step(); opt.zero_grad()
+        if step == 1: set_gates(model, {(0, 1): 0.}); compact(model, optimizer=opt)
+        if step == 2: expand(model, optimizer=opt)
+    assert loss.isfinite()
