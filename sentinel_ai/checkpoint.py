@@ -469,7 +469,9 @@ def load_checkpoint(
     if optimizer is not None: check_kind(optimizer, s['optimizer'])
     _restore(model, path, s['model'])
     if optimizer is not None: load_optimizer_state(optimizer, model, s['optimizer'])
-    if scheduler is not None: extend_scheduler(scheduler, optimizer); scheduler.load_state_dict(s['scheduler'])
+    if scheduler is not None:
+        if optimizer is not None: extend_scheduler(scheduler, optimizer)
+        scheduler.load_state_dict(s['scheduler'])
     for k, p in parts.items(): p.load_state_dict(s['parts'][k])
     if rng: load_rng_state(s['rng'])
     return dict(head_lr_multipliers=s['head_lr_multipliers'], epoch=s['epoch'], step=s['step'], data=s['data'], **s['parts'])

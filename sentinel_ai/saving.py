@@ -98,6 +98,8 @@ class SentinelForCausalLM:
         if lost: raise ValueError(f'{path}: weights and plan do not fit each other; {len(lost)} weights are missing, left over or of another '
                                   f'shape, the first: {lost[0]}')
         model.__class__ = adaptive_class(_base_type(config))
+        for site in model.sentinel_map:                       # transformers makes parameters anew, and all of them trainable
+            site.attn.sentinel.gate.requires_grad_(model.sentinel_config.mode == 'learned')
         _rewire(model)
         if config.agency is not None: Agency.from_dict(config.agency).attach(model)
         _recall(model, path, hub)

@@ -633,7 +633,8 @@ def on_train_begin(self:AdaptiveCallback, args, state, control, model=None, opti
     if args.world_size > 1: raise RuntimeError(
         f'{args.world_size} processes: heads that leave or return change the parameters that the processes share; train in one process')
     if state.global_step and not self.loaded: raise RuntimeError(
-        f'the run is resumed at step {state.global_step}, but this trainer did not load the cycle; use AdaptiveTrainer, or adaptive_trainer(base) for another')
+        f'the run is resumed at step {state.global_step}, but the cycle was not loaded: the folder is no complete checkpoint of an '
+        'AdaptiveTrainer, or this trainer is none; adaptive_trainer(base) makes one of another')
     if self.cycle.batches is None:
         if eval_dataloader is None: raise ValueError('there is nothing to decide on: give AdaptiveCallback(batches=...), or an AdaptiveTrainer an eval_dataset')
         self.take(eval_dataloader)

@@ -107,3 +107,13 @@ def test_bad_arguments_change_nothing(bad, match):
     sd = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises((ValueError, IndexError), match=match): prune(model, **(dict(batches=CALIB) | bad), progress=False)
     assert type(model).__name__ == 'LlamaForCausalLM' and same(model, sd)
+
+
+@pytest.mark.parametrize('mode', ['static', 'learned', 'hard_concrete'])
+def test_gates_are_trained_after_loading_as_they_were_before(mode, tmp_path):
+    from sentinel_ai import GateConfig, adapt, set_gates
+    model = set_gates(adapt(build('llama'), GateConfig(mode)), .5)
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    wants = [(n, p.requires_grad) for n, p in model.named_parameters() if '.sentinel.' in n]
+    assert wants == [(n, p.requires_grad) for n, p in back.named_parameters() if '.sentinel.' in n]
