@@ -325,7 +325,7 @@ class ANNController(nn.Module, Policy):
     "A network shared by all heads of all models, trained end to end through the gates; it remembers, and it can be asked why."
     needs = ('entropy', 'gradient', 'gram', 'joint')
     def __init__(self,
-        schedule=None, # Share to close, a number or a function of the step; None: the network decides how much
+        schedule=None, # Share to close, a number or a function of the step; None: heads whose probability is below one half, told to close 30 %
         width:int=32, # Of the network
         seed:int=0, # Of its first weights
         **rules, # `min_heads`, `protect`, `hysteresis`, `exchange`
@@ -340,7 +340,7 @@ class ANNController(nn.Module, Policy):
             self.inp, self.rec, self.out, self.direct = nn.Linear(d, 3*d), nn.Linear(d, 3*d), nn.Linear(d, 1), nn.Linear(f, 1)
         with torch.no_grad():
             self.out.weight.mul_(.1); self.direct.weight.zero_(); self.direct.bias.fill_(1.)
-            for n in ('taylor', 'fisher', 'repaired'): self.direct.weight[0, FEATURES.index(n)] = .3
+            for n, w in _START.items(): self.direct.weight[0, FEATURES.index(n)] = w
         self.lambda1, self.lambda2 = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.forget()
 
@@ -348,7 +348,7 @@ class ANNController(nn.Module, Policy):
         "Start with an empty memory."
         for n in _MEMORY: self.register_buffer(n, None)
 
-_MEMORY = ('state', 'age', 'kept')
+_MEMORY, _START = ('state', 'age', 'kept'), dict(repaired=.6, taylor=.15, fisher=.15)
 
 # %% ../nbs/06_controller.ipynb #c0041
 @patch
@@ -471,8 +471,9 @@ def _save_to_state_dict(self:ANNController, destination, prefix, keep_vars):
 @patch
 def _load_from_state_dict(self:ANNController, state_dict, prefix, *args):
     for n in _MEMORY: setattr(self, n, torch.empty_like(state_dict[prefix + n]) if prefix + n in state_dict else None)
-    mine = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(f'{prefix}budget.')}
-    if mine and hasattr(self.schedule, 'load_state_dict'): self.schedule.load_state_dict({k.rpartition('.')[2]: v.item() for k, v in mine.items()})
+    if hasattr(self.schedule, 'load_state_dict'):                          # without such a schedule these keys are unexpected, and strict loading says so
+        mine = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(f'{prefix}budget.')}
+        if mine: self.schedule.load_state_dict({k.rpartition('.')[2]: v.item() for k, v in mine.items()})
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../nbs/06_controller.ipynb #c0056
@@ -484,10 +485,10 @@ def save(self:ANNController,
     **info, # Anything worth knowing that JSON can hold
 ):
     "Write weights and `config.json`, under temporary names first. Memory isn't written."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     p = Path(path); p.mkdir(parents=True, exist_ok=True)
     d = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if k not in _MEMORY and not k.startswith('budget.')}
-    save_file(d, p/'model.safetensors.tmp')
+    (p/'model.safetensors.tmp').write_bytes(save(d))
     text = json.dumps(dict(format=1, width=self.width, features=FEATURES, info=info), indent=1)
     (p/'config.json.tmp').write_text(text + '\n', encoding='utf-8')
     for n in ('model.safetensors', 'config.json'): os.replace(p/f'{n}.tmp', p/n)

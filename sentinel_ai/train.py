@@ -458,7 +458,7 @@ class Plasticity:
     "Where a run is in the cycle of measuring, closing, growing back and cutting out."
     def __init__(self,
         controller, # `decide(stats, plan, step) -> HeadPlan` and `needs`, as in `controller`
-        batches=None, # Held-out calibration text, as for `measure`
+        batches=None, # Held-out calibration text, as for `measure`, or a function from the step to it
         every:int=200, # Optimiser steps between two decisions
         prune:dict|None=None, # For `close_heads`: repair, ridge; default repair='affine'
         regrow:dict|None=None, # For `regrow`: init, warmup, alpha, gate; default init='memory' and a warm-up of a quarter of `every`
@@ -539,7 +539,8 @@ def cycle(self:Plasticity, step:int) -> dict:
     "Measure, decide, close, grow back, cut out; returns the entry of the log."
     if self.batches is None: raise ValueError('batches=None: give held-out text to decide on: token ids, a DataLoader or a data set')
     t, m, opt = time.perf_counter(), self.model, self.optimizer
-    stats, plan = self.look(), self.in_force()
+    batches = self.batches(step) if callable(self.batches) else self.batches
+    stats, plan = self.look(batches), self.in_force()
     if (agency := m.__dict__.get('sentinel_agency')) is not None: agency.update(stats, step); plan = self.in_force()
     asked = self.controller.decide(stats, plan, step)
     asked.check(getattr(m, 'sentinel_origin', None) or m.sentinel_map)
@@ -547,8 +548,8 @@ def cycle(self:Plasticity, step:int) -> dict:
     closed = [h for h in pairs(plan.keep & ~asked.keep) if h not in self.returning()]
     opened = pairs(asked.keep & ~plan.keep)
     if agency is not None and opened: opened = agency.allow(opened, 'controller')
-    if closed: close_heads(m, closed, self.batches, stats, optimizer=opt, step=step, **self.prune)
-    if opened: self.bring_back(opened, stats, step)
+    if closed: close_heads(m, closed, batches, stats, optimizer=opt, step=step, **self.prune)
+    if opened: self.bring_back(opened, batches, stats, step)
     self.cycles += 1
     cut = bool(self.compact_every) and self.cycles % self.compact_every == 0 and self.cut_out()
     added = sync_optimizer(opt, m, self.scheduler)
@@ -559,14 +560,15 @@ def cycle(self:Plasticity, step:int) -> dict:
 
 # %% ../nbs/10_train.ipynb #c0049
 @patch
-def look(self:Plasticity):
-    "Measure what the controller needs, and what the repair needs besides."
+def look(self:Plasticity, batches):
+    "Measure what the controller needs, and what repair and agency need besides."
     what = {*getattr(self.controller, 'needs', ('entropy', 'gradient', 'use')), 'gradient', *(['gram'] if self.prune['repair'] != 'none' else [])}
-    return observe(self.model, self.batches, what, self.batch_size)
+    if 'sentinel_agency' in self.model.__dict__: what |= {'use'}
+    return observe(self.model, batches, what, self.batch_size)
 
 @patch
-def bring_back(self:Plasticity, heads, stats, step):
-    ramp = regrow(self.model, heads, self.batches, stats=stats, optimizer=self.optimizer, seed=self.seed + step, **self.regrow)
+def bring_back(self:Plasticity, heads, batches, stats, step):
+    ramp = regrow(self.model, heads, batches, stats=stats, optimizer=self.optimizer, seed=self.seed + step, **self.regrow)
     if not ramp.done: self.ramps.append(ramp)
     if self.rates is not None: self.rates.boost(heads)
 
