@@ -340,7 +340,7 @@ class ANNController(nn.Module, Policy):
             self.inp, self.rec, self.out, self.direct = nn.Linear(d, 3*d), nn.Linear(d, 3*d), nn.Linear(d, 1), nn.Linear(f, 1)
         with torch.no_grad():
             self.out.weight.mul_(.1); self.direct.weight.zero_(); self.direct.bias.fill_(1.)
-            for n, w in _START.items(): self.direct.weight[0, FEATURES.index(n)] = w
+        self.weight = nn.Parameter(torch.tensor(1.))                              # of the strongest table
         self.lambda1, self.lambda2 = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.forget()
 
@@ -348,7 +348,14 @@ class ANNController(nn.Module, Policy):
         "Start with an empty memory."
         for n in _MEMORY: self.register_buffer(n, None)
 
-_MEMORY, _START = ('state', 'age', 'kept'), dict(repaired=.6, taylor=.15, fisher=.15)
+_MEMORY = ('state', 'age', 'kept')
+
+def _strongest(x):
+    "Repaired gates, standardised; where they weren't measured Fisher, then Taylor."
+    col = lambda n: x[..., FEATURES.index(n)]
+    t = col('taylor')
+    for n in ('fisher', 'repaired'): t = col(f'{n} known')*col(n) + (1 - col(f'{n} known'))*t
+    return t
 
 # %% ../nbs/06_controller.ipynb #c0041
 @patch
@@ -365,7 +372,7 @@ def forward(self:ANNController,
     (ir, iz, iv), (hr, hz, hv) = self.inp(y).chunk(3, -1), self.rec(state).chunk(3, -1)
     z = torch.sigmoid(iz + hz)
     state = (1 - z)*torch.tanh(iv + torch.sigmoid(ir + hr)*hv) + z*state
-    return (self.out(state) + self.direct(x))[..., 0], state
+    return (self.out(state) + self.direct(x))[..., 0] + self.weight*_strongest(x), state
 
 @patch
 def gate_logits(self:ANNController,
