@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from .heads import HeadMap, base_model, head_map
 from .gates import adapt, hard_concrete, set_gates
 from .measure import HeadStats, measure, ridge
@@ -202,6 +202,7 @@ def train_controller(
             remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False, seed=seed), **kwargs})
         data = _Draws(blocks, len(task.cases), steps*draws, batch, shares, seed)
         trainer = Trainer(task, args, train_dataset=data, data_collator=lambda rows: rows[0])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     task.eval()
     return trainer.state.log_history
