@@ -348,7 +348,7 @@ class ANNController(nn.Module, Policy):
         "Start with an empty memory."
         for n in _MEMORY: self.register_buffer(n, None)
 
-_MEMORY = ('state', 'age', 'kept')
+_MEMORY = ('state', 'age', 'kept', 'worth')
 
 def _strongest(x):
     "Repaired gates, standardised; where they weren't measured Fisher, then Taylor."
@@ -446,6 +446,15 @@ def context(self:ANNController, stats:HeadStats, plan:HeadPlan, share:float|None
     return Context(plan.keep, (self.age + 1).cpu()*(self.kept.cpu() == plan.keep), .3 if share is None else share, self.state)
 
 @patch
+def recall(self:ANNController, stats:HeadStats, plan:HeadPlan) -> HeadStats:
+    "Nothing can be repaired for a head that is closed: it counts for what it was worth when it was last open."
+    if 'repaired' not in stats.tables: return stats
+    t = stats['repaired'].detach().cpu().float()
+    if self.worth is not None and self.worth.shape == t.shape: t = torch.where(plan.keep | self.worth.cpu().isnan(), t, self.worth.cpu())
+    self.worth = t
+    return replace(stats, tables={**stats.tables, 'repaired': t})
+
+@patch
 def perturbed(self:ANNController, logits): "What decisions are made from: here the logits."; return logits
 
 @patch
@@ -458,6 +467,7 @@ def decide(self:ANNController,
     "Run the network, remember, and keep the best heads."
     _fits(stats, plan)
     share = self.share(stats, step)
+    stats = self.recall(stats, plan)
     c, exists, dev = self.context(stats, plan, share), heads_in(stats), self.direct.weight.device
     a, state = self(features(stats, c).to(dev), exists.to(dev), c.state)
     a = a.masked_fill(~exists.to(dev), math.nan)

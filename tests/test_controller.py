@@ -67,3 +67,21 @@ def test_criterion_of_prune(name):
     assert plan.removed == round(.5*int(plan.exists.sum()))
     unprune(model)
     assert torch.equal(logits(model), want)
+
+
+def test_closed_heads_count_for_what_they_were_worth():
+    "`repaired` is 0 for a closed head; the controller remembers its last value, so heads don't come and go from decision to decision."
+    from sentinel_ai.measure import HeadStats
+    g = torch.Generator().manual_seed(0)
+    worth, exists = torch.rand(4, 6, generator=g).exp(), torch.ones(4, 6, dtype=torch.bool)
+    plan = HeadPlan(exists.clone(), exists, [6]*4, 'toy')
+    ann, seen = ANNController.pretrained(schedule=.5), []
+    for step in range(6):
+        noise = 1 + .01*torch.rand(4, 6, generator=g)
+        tables = {n: worth*noise for n in ('taylor', 'fisher', 'use')} | dict(repaired=torch.where(plan.keep, worth*noise, 0.), entropy_norm=torch.full((4, 6), .5))
+        plan = ann.decide(HeadStats(tables, info=dict(loss=3.)), plan, step)
+        seen.append(plan.keep.clone())
+    assert all(int((~k).sum()) == 12 for k in seen) and torch.equal(seen[1], seen[-1])
+    twin = ANNController.pretrained(schedule=.5)
+    twin.load_state_dict(ann.state_dict())
+    assert torch.equal(twin.worth, ann.worth)
