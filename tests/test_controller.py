@@ -78,7 +78,8 @@ def test_closed_heads_count_for_what_they_were_worth():
     ann, seen = ANNController.pretrained(schedule=.5), []
     for step in range(6):
         noise = 1 + .01*torch.rand(4, 6, generator=g)
-        tables = {n: worth*noise for n in ('taylor', 'fisher', 'use')} | dict(repaired=torch.where(plan.keep, worth*noise, 0.), entropy_norm=torch.full((4, 6), .5))
+        tables = {n: worth*noise for n in ('taylor', 'fisher', 'use')} | dict(entropy_norm=torch.full((4, 6), .5))
+        tables['repaired'] = torch.where(plan.keep, worth*noise, 0.)
         plan = ann.decide(HeadStats(tables, info=dict(loss=3.)), plan, step)
         seen.append(plan.keep.clone())
     assert all(int((~k).sum()) == 12 for k in seen) and torch.equal(seen[1], seen[-1])
