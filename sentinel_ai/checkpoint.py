@@ -126,16 +126,7 @@ def sync_optimizer(
     made = [n for n, (old, _) in m.__dict__.get('sentinel_repairs', {}).items() if old is None and n in params]
     new = [n for n in made if params[n].requires_grad and id(params[n]) not in held and id(beside(n)) in held]
     for n in new: _join(opt, params[n], beside(n), scheduler)
-    _new_graph(m)
     return new
-
-def _new_graph(m):
-    "A loss that is still held keeps, for each parameter, the shape in which its gradient was to arrive; let the next loss ask anew."
-    for p in m.parameters():
-        if p.grad is not None or not p.is_floating_point(): continue
-        now = p.data
-        p.data = now.new_empty(0, dtype=torch.float64 if now.dtype != torch.float64 else torch.float32)   # another type makes PyTorch forget the shape
-        p.data = now
 
 def _join(opt, p, weight, scheduler):
     at = next(i for i, g in enumerate(opt.param_groups) if any(q is weight for q in g['params']))
@@ -414,7 +405,6 @@ def _restore(model, path, saved, optimizer=None):
     reshape(m, saved, optimizer)
     files = Path(path)/INNER if (Path(path)/INNER).is_dir() else path
     load_weights(m, files)
-    _new_graph(m)
     if saved['adaptive']: _recall(m, files, {})
     if folder is not None and (Path(files)/_HEADS).exists(): HeadMemory.load(Path(files)/_HEADS, folder).attach(m)
     if saved.get('agency') is not None: Agency.from_dict(saved['agency'], log).attach(m)

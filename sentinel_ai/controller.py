@@ -337,7 +337,7 @@ class ANNController(nn.Module, Policy):
             torch.manual_seed(seed)
             self.embed = nn.Sequential(nn.Linear(f, d), nn.GELU(), nn.Linear(d, d))
             self.mix = nn.Sequential(nn.Linear(6*d, d), nn.GELU())
-            self.inp, self.rec, self.out, self.direct = nn.Linear(d, 3*d), nn.Linear(d, 3*d), nn.Linear(d, 1), nn.Linear(f, 1)
+            self.cell, self.out, self.direct = nn.GRUCell(d, d), nn.Linear(d, 1), nn.Linear(f, 1)
         with torch.no_grad():
             self.out.weight.mul_(.1); self.direct.weight.zero_(); self.direct.bias.fill_(1.)
         self.weight = nn.Parameter(torch.tensor(1.))                              # of the strongest table
@@ -369,9 +369,7 @@ def forward(self:ANNController,
     mean, top, all_mean, all_top = (t.expand_as(e) for t in _pool(e, exists))
     y = self.mix(torch.cat([e, mean, top, all_mean, all_top, mean.flip(-3)], -1))
     state = torch.zeros_like(e) if state is None else state.to(e)
-    (ir, iz, iv), (hr, hz, hv) = self.inp(y).chunk(3, -1), self.rec(state).chunk(3, -1)
-    z = torch.sigmoid(iz + hz)
-    state = (1 - z)*torch.tanh(iv + torch.sigmoid(ir + hr)*hv) + z*state
+    state = self.cell(y.flatten(0, -2), state.flatten(0, -2)).view_as(e)
     return (self.out(state) + self.direct(x))[..., 0] + self.weight*_strongest(x), state
 
 @patch
@@ -578,7 +576,7 @@ def plot(self:Contributions,
 ):
     "Each head's contributions: a row for each input that matters, a column for each head, from the first layer to the last."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, .3*n + .8), dpi=80)[1]
+    ax = ax or plt.subplots(figsize=(7, .3*n + .8), dpi=66)[1]
     order, there = self.table.abs().nanmean((0, 1)).argsort(descending=True)[:n].tolist(), ~self.logits.isnan()
     t = self.table[there][:, order].T
     im = ax.imshow(t, cmap='RdBu', vmin=-t.abs().max(), vmax=t.abs().max(), aspect='auto', interpolation='nearest')

@@ -92,13 +92,15 @@ class Sentinel(nn.Module):
         if c.mode == 'static': return self.gate
         return self.gate * hard_concrete(self.log_alpha, c.beta, c.gamma, c.zeta, self.training if sample is None else sample)
 
-    def prob(self) -> Float[Tensor, ' h']:
-        "Probability that each head is open: what a budget counts. Deterministic and differentiable."
-        c = self.config
-        if c.mode == 'hard_concrete': return open_prob(self.log_alpha, c.beta, c.gamma, c.zeta) * (self.gate != 0)
-        return self.forward(sample=False)
+# %% ../nbs/01_gates.ipynb #c0018
+@patch
+def prob(self:Sentinel) -> Float[Tensor, ' h']:
+    "Probability that each head is open: what a budget counts. Deterministic and differentiable."
+    c = self.config
+    if c.mode == 'hard_concrete': return open_prob(self.log_alpha, c.beta, c.gamma, c.zeta) * (self.gate != 0)
+    return self.forward(sample=False)
 
-# %% ../nbs/01_gates.ipynb #c0017
+# %% ../nbs/01_gates.ipynb #c0021
 @patch
 def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
     "Forward pre-hook of an output projection: scale each head's slice of its input."
@@ -108,7 +110,7 @@ def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
     g = g.to(device=x.device, dtype=x.dtype)
     return (x.unflatten(-1, (self.n_heads, -1)) * g[:, None]).flatten(-2), *args[1:]
 
-# %% ../nbs/01_gates.ipynb #c0018
+# %% ../nbs/01_gates.ipynb #c0023
 def _attach(sentinel, out):
     _detach(sentinel)
     sentinel.tap = (out, out.register_forward_pre_hook(sentinel.apply_gates))
@@ -117,7 +119,7 @@ def _detach(sentinel):
     if sentinel.tap: sentinel.tap[1].remove()
     sentinel.tap = None
 
-# %% ../nbs/01_gates.ipynb #c0020
+# %% ../nbs/01_gates.ipynb #c0025
 class AdaptiveMixin:
     "What an adapted model can do besides everything its own class can."
     def _sync(self):
@@ -141,6 +143,7 @@ class AdaptiveMixin:
     @property
     def blocks(self) -> 'Blocks': "The decoder's layers: `model.blocks[l]['attn'].gate[h]`"; return Blocks(self)
 
+# %% ../nbs/01_gates.ipynb #c0027
 def _check_folded(s, layer):
     if s.folded is None or s.gate.is_meta: return
     if not torch.equal(s.gate, s.folded): raise RuntimeError(
@@ -148,10 +151,11 @@ def _check_folded(s, layer):
         'call unmerge_gates(model), change it, then merge_gates(model) again')
     s.seen = s.gate._version
 
+# %% ../nbs/01_gates.ipynb #c0029
 def _base_class(model): return type(model).__mro__[2] if isinstance(model, AdaptiveMixin) else type(model)
+
 def _new(base): return copyreg.__newobj__(adaptive_class(base))
 
-# %% ../nbs/01_gates.ipynb #c0021
 @functools.cache
 def adaptive_class(
     base:type, # A model class of transformers
@@ -165,7 +169,7 @@ def adaptive_class(
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f'adaptive:{base.__name__}'] = name   # by it pipelines and the Trainer know a causal model
     return type(name, (AdaptiveMixin, base), dict(forward=forward, __module__=__name__, __doc__=base.__doc__))
 
-# %% ../nbs/01_gates.ipynb #c0022
+# %% ../nbs/01_gates.ipynb #c0031
 def adapt(
     model:nn.Module, # Any decoder of transformers (a PEFT wrapper around one is seen through)
     config:GateConfig|None=None, # How gates behave; default static gates at 1
@@ -185,12 +189,14 @@ def adapt(
     m.__class__ = adaptive_class(_base_class(m))
     return model
 
+# %% ../nbs/01_gates.ipynb #c0032
 def is_adaptive(model:nn.Module) -> bool: "Has `model` been adapted?"; return isinstance(base_model(model), AdaptiveMixin)
+
 def is_merged(model:nn.Module) -> bool:
     "Are the gates folded into the weights?"
     return any(s.attn.sentinel.folded is not None for s in _need_adaptive(model).sentinel_map)
 
-# %% ../nbs/01_gates.ipynb #c0023
+# %% ../nbs/01_gates.ipynb #c0033
 def _place(site, config, old):
     "Put a new sentinel on one layer, keeping an old one's values."
     w = core_linear(site.out).weight
@@ -205,6 +211,7 @@ def _place(site, config, old):
     site.attn.sentinel = new
     _attach(new, site.out)
 
+# %% ../nbs/01_gates.ipynb #c0035
 def unadapt(
     model:nn.Module, # An adapted model
     bake:bool=False, # Fold the gates into the weights first, so that the plain model computes what the gated one did
@@ -222,18 +229,19 @@ def unadapt(
     del m.sentinel_map, m.sentinel_config
     return model
 
+# %% ../nbs/01_gates.ipynb #c0036
 def _need_adaptive(model):
     if not is_adaptive(model): raise TypeError(f'{type(base_model(model)).__name__} has no gates; call adapt(model) first')
     return base_model(model)
 
-# %% ../nbs/01_gates.ipynb #c0025
+# %% ../nbs/01_gates.ipynb #c0039
 class Budget(nn.Module):
     "The Lagrange multipliers of a gate budget: parameters, so that an optimiser moves them and checkpoints keep them."
     def __init__(self, device=None):
         super().__init__()
         self.lambda1, self.lambda2 = (nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
 
-# %% ../nbs/01_gates.ipynb #c0027
+# %% ../nbs/01_gates.ipynb #c0041
 class AttnView:
     "The attention of one layer: `num_heads`, `num_kv_heads`, `head_dim`, `gate`, and the `module` itself."
     def __init__(self, site:AttnSite): # The layer's entry in the head map
@@ -247,7 +255,7 @@ class AttnView:
         with torch.no_grad(): self.gate.copy_(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
     def __repr__(self): return f'{type(self.module).__name__}: {self.num_heads} heads of {self.head_dim}, gates {[round(g, 3) for g in self.gate.tolist()]}'
 
-# %% ../nbs/01_gates.ipynb #c0028
+# %% ../nbs/01_gates.ipynb #c0042
 class Block(dict):
     "One layer; `block['attn']` is its `AttnView`."
     def __missing__(self, key): raise KeyError(f"{key!r}: this layer has {list(self) or 'no softmax attention, so no gates'}")
@@ -262,14 +270,14 @@ class Blocks(Sequence):
         return Block() if site is None else Block(attn=AttnView(site))
     def __repr__(self): return '\n'.join(f'{l}: {b.get("attn", "no softmax attention")}' for l, b in enumerate(self))
 
-# %% ../nbs/01_gates.ipynb #c0029
+# %% ../nbs/01_gates.ipynb #c0043
 def _check_gates(value, what):
     t = torch.as_tensor(value, dtype=torch.float32)
     bad = t[~((t >= 0) & (t <= 1))]
     if bad.numel(): raise ValueError(f'{what}: {bad[0].item():g} is not allowed; a gate is 0 (closed) to 1 (open)')
     return t
 
-# %% ../nbs/01_gates.ipynb #c0032
+# %% ../nbs/01_gates.ipynb #c0046
 @torch.no_grad()
 def gate_values(
     model:nn.Module, # An adapted model
@@ -283,6 +291,7 @@ def gate_values(
         t[s.layer, :s.n_heads] = (g if a is None else g*a).float().cpu()
     return t
 
+# %% ../nbs/01_gates.ipynb #c0048
 @torch.no_grad()
 def set_gates(
     model:nn.Module, # An adapted model
@@ -306,7 +315,7 @@ def set_gates(
         g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
     return model
 
-# %% ../nbs/01_gates.ipynb #c0048
+# %% ../nbs/01_gates.ipynb #c0064
 def closed_share(
     model:nn.Module, # An adapted model
     unit:str|None=None, # 'heads', 'params' or 'kv_bytes'; default the config's
@@ -324,7 +333,7 @@ def closed_share(
                                    "use 'heads' or 'params'")
     return 1 - open_/total
 
-# %% ../nbs/01_gates.ipynb #c0049
+# %% ../nbs/01_gates.ipynb #c0065
 def budget_target(config:GateConfig, step:int|None=None) -> float:
     "The budget's target at `step`: rises linearly over `config.warmup` steps; None means after the warm-up."
     return config.sparsity * (1. if step is None or not config.warmup else min(1., step/config.warmup))
@@ -342,7 +351,7 @@ def gate_penalty(
     gap, b = closed_share(m) - budget_target(c, step), m.sentinel_budget
     return up(b.lambda1)*gap + up(b.lambda2)*gap**2
 
-# %% ../nbs/01_gates.ipynb #c0057
+# %% ../nbs/01_gates.ipynb #c0073
 @torch.no_grad()
 def harden_gates(
     model:nn.Module, # An adapted model
@@ -362,6 +371,7 @@ def harden_gates(
     set_gates(m, torch.where(close, 0., values))
     return model
 
+# %% ../nbs/01_gates.ipynb #c0075
 def _kept_values(m):
     "The gates; where one that was learned is 0, its probability of being open, for heads that the budget keeps all the same."
     t = gate_values(m)
@@ -377,7 +387,16 @@ def _scores(m):
         t[s.layer, :s.n_heads] = (torch.where(sent.gate == 0, -math.inf, sent.log_alpha) if hasattr(sent, 'log_alpha') else sent.prob()).float().cpu()
     return t if m.sentinel_config.sparsity is not None or m.sentinel_config.mode != 'hard_concrete' else torch.sigmoid(t)
 
-# %% ../nbs/01_gates.ipynb #c0058
+# %% ../nbs/01_gates.ipynb #c0077
+def _by_group(x, site, reduce):
+    "Give every query head what its group comes to."
+    return torch.zeros(site.n_kv_heads, dtype=x.dtype).scatter_reduce(0, site.kv_of, x, reduce, include_self=False)[site.kv_of]
+
+def _whole_groups(close, hm):
+    for s in hm: close[s.layer, :s.n_heads] = _by_group(close[s.layer, :s.n_heads].int(), s, 'amin').bool()
+    return close
+
+# %% ../nbs/01_gates.ipynb #c0080
 def lowest(
     hm:HeadMap, # The model's heads
     scores:Float[Tensor, 'l h'], # What to keep, highest first
@@ -401,20 +420,13 @@ def lowest(
         saved += step; close[l, h] = True
     return _whole_groups(close, hm) if unit == 'kv_bytes' else close
 
-def _by_group(x, site, reduce):
-    "Give every query head what its group comes to."
-    return torch.zeros(site.n_kv_heads, dtype=x.dtype).scatter_reduce(0, site.kv_of, x, reduce, include_self=False)[site.kv_of]
-
-def _whole_groups(close, hm):
-    for s in hm: close[s.layer, :s.n_heads] = _by_group(close[s.layer, :s.n_heads].int(), s, 'amin').bool()
-    return close
-
-# %% ../nbs/01_gates.ipynb #c0063
+# %% ../nbs/01_gates.ipynb #c0085
 def _columns(lin, site):
     "The output projection's weight as `[h, d, out]`, a view."
     w = lin.weight
     return (w if in_dim(lin) == 0 else w.t()).unflatten(0, (site.n_heads, site.head_dim))
 
+# %% ../nbs/01_gates.ipynb #c0088
 def _mergeable(site):
     s, lin = site.attn.sentinel, core_linear(site.out)
     where = f'layer {site.layer}: '
@@ -427,6 +439,7 @@ def _mergeable(site):
         f'{where}{site.out_name}.weight is {lin.weight.dtype} on {lin.weight.device}; gates fold only into float weights in memory')
     return s, lin
 
+# %% ../nbs/01_gates.ipynb #c0091
 def _check_tied(todo):
     "Layers that share one weight (Zamba) can fold only if no gate has to be folded."
     tied = {}
@@ -436,6 +449,7 @@ def _check_tied(todo):
             f'layers {[l for l, _ in layers]} share one output projection, so gates of one layer would be folded into the others; '
             'keep these gates in place, or set them to 1 before merging')
 
+# %% ../nbs/01_gates.ipynb #c0094
 @torch.no_grad()
 def merge_gates(
     model:nn.Module, # An adapted model with static gates
@@ -451,6 +465,7 @@ def merge_gates(
         _detach(s)
     return model
 
+# %% ../nbs/01_gates.ipynb #c0095
 @torch.no_grad()
 def unmerge_gates(
     model:nn.Module, # An adapted model
@@ -468,7 +483,7 @@ def unmerge_gates(
         _attach(s, site.out)
     return model
 
-# %% ../nbs/01_gates.ipynb #c0069
+# %% ../nbs/01_gates.ipynb #c0101
 def _save(model, save_directory, *args, **kwargs):
     "Save as the base class, without gates."
     cls, sd = type(model), kwargs.get('state_dict') or model.state_dict()

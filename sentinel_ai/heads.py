@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'UNITS', 'random_config', 'random_model', 'UnsupportedArchitecture', 'AttnSite', 'core_linear', 'in_dim',
-           'in_features', 'out_features', 'register_arch', 'HeadMap', 'head_map', 'base_model', 'check_decoder',
+           'in_features', 'out_features', 'register_arch', 'HeadMap', 'base_model', 'check_decoder', 'head_map',
            'head_cost', 'probe']
 
 # %% ../nbs/00_heads.ipynb #c0002
-import difflib, math, re, torch
+import difflib, inspect, math, re, torch
 from dataclasses import dataclass, field, replace
 from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
@@ -54,7 +54,7 @@ def random_config(
     if have.get('is_decoder') is False: d |= _SHRINK_MORE['is_decoder']
     return C(**(d | _SHRINK_MORE.get(model_type, {}) | kwargs))
 
-# %% ../nbs/00_heads.ipynb #c0008
+# %% ../nbs/00_heads.ipynb #c0009
 def random_model(
     model_type:str, # A `model_type` of transformers, such as `'gpt2'`
     seed:int=0, # Seed of the weights
@@ -76,10 +76,11 @@ def random_model(
                 if p.ndim == 1: p.add_(torch.randn_like(p)*.1)
     return model.to(dtype).eval()
 
-# %% ../nbs/00_heads.ipynb #c0014
+# %% ../nbs/00_heads.ipynb #c0015
 class UnsupportedArchitecture(ValueError):
     "The heads of a model could not be found; the message names the module, what was looked for and how to register it."
 
+# %% ../nbs/00_heads.ipynb #c0017
 @dataclass
 class AttnSite:
     "Where the heads of one attention layer are."
@@ -102,27 +103,45 @@ class AttnSite:
     source: tuple = ()        # and the native head that each of its heads takes after
     donors: tuple = ()        # and for each further head: the head it was made from, and whether the two share out that head's output columns
 
-    @property
-    def out(self) -> nn.Module:
-        "The outermost module at the output projection's path (a LoRA wrapper, if there is one)."
-        return self.attn.get_submodule(self.out_name)
-    @property
-    def inner(self) -> nn.Module:
-        "The module that computes the attention: `attn` itself, or BERT's `attn.self`."
-        return self.attn.get_submodule('self') if _has(self.attn, 'self') else self.attn
-    @property
-    def group(self) -> int:
-        "Query heads that share one key/value head, where all groups are equal."
-        return self.n_heads // self.n_kv_heads
-    @property
-    def kv_of(self) -> Int[Tensor, ' h']:
-        "The KV head that each query head reads."
-        return torch.arange(self.n_heads, device='cpu') // self.group if self.kv is None else torch.tensor(self.kv, device='cpu')
-    def cols(self, head:int) -> slice:
-        "The slice of the output projection's input that is `head`'s."
-        return slice(head*self.head_dim, (head+1)*self.head_dim)
+# %% ../nbs/00_heads.ipynb #c0021
+def _has(m, name):
+    try: m.get_submodule(name); return True
+    except AttributeError: return False
 
-# %% ../nbs/00_heads.ipynb #c0016
+@patch(as_prop=True)
+def out(self:AttnSite) -> nn.Module:
+    "The outermost module at the output projection's path (a LoRA wrapper, if there is one)."
+    return self.attn.get_submodule(self.out_name)
+
+@patch(as_prop=True)
+def inner(self:AttnSite) -> nn.Module:
+    "The module that computes the attention: `attn` itself, or BERT's `attn.self`."
+    return self.attn.get_submodule('self') if _has(self.attn, 'self') else self.attn
+
+# %% ../nbs/00_heads.ipynb #c0024
+@patch(as_prop=True)
+def group(self:AttnSite) -> int:
+    "Query heads that share one key/value head, where all groups are equal."
+    return self.n_heads // self.n_kv_heads
+
+@patch(as_prop=True)
+def kv_of(self:AttnSite) -> Int[Tensor, ' h']:
+    "The KV head that each query head reads."
+    return torch.arange(self.n_heads, device='cpu') // self.group if self.kv is None else torch.tensor(self.kv, device='cpu')
+
+@patch
+def cols(self:AttnSite, head:int) -> slice:
+    "The slice of the output projection's input that is `head`'s."
+    return slice(head*self.head_dim, (head+1)*self.head_dim)
+
+# %% ../nbs/00_heads.ipynb #c0027
+@patch(as_prop=True)
+def slopes(self:AttnSite) -> bool:
+    "Has each head a bias of its own (ALiBi), so that it can't do another head's work?"
+    takes = set(inspect.signature(type(self.inner).forward).parameters)
+    return bool({'alibi', 'position_bias'} & takes) and bool(getattr(getattr(self.attn, 'config', None), 'alibi', True))
+
+# %% ../nbs/00_heads.ipynb #c0030
 def _per(w:int, n:int): return torch.arange(w*n, device='cpu').view(n, w)   # the same on a model without data
 
 _LAYOUTS = {  # rows [part][head or group] of a fused projection for h heads, g KV heads, head size d
@@ -133,7 +152,7 @@ _LAYOUTS = {  # rows [part][head or group] of a fused projection for h heads, g 
     'codegen':     lambda h, g, d: (lambda r: tuple(r[:, i].reshape(h, d) for i in (0, 2, 1)))(_per(d, 3*h).view(4, 3, -1)),
 }
 
-# %% ../nbs/00_heads.ipynb #c0017
+# %% ../nbs/00_heads.ipynb #c0031
 @patch
 def rows(self:AttnSite,
     part:str, # 'q', 'k' or 'v'
@@ -151,7 +170,7 @@ def rows(self:AttnSite,
     layout = 'blocks' if self.layout == 'grouped' and self.kv is not None else self.layout   # uneven groups have no place in 'grouped'
     return name, _LAYOUTS[layout](self.n_heads, self.n_kv_heads, self.sizes[name]//(self.n_heads + 2*self.n_kv_heads))['qkv'.index(part)][i]
 
-# %% ../nbs/00_heads.ipynb #c0019
+# %% ../nbs/00_heads.ipynb #c0035
 def core_linear(m:nn.Module) -> nn.Module: # The layer that holds `weight`
     "Look through wrappers (PEFT's `base_layer`, Moshi's `linear`) to the layer that holds the weight."
     while not isinstance(m.__dict__.get('_parameters', {}).get('weight'), Tensor):
@@ -174,23 +193,26 @@ def out_features(m:nn.Module) -> int: # Width of the output
     m = core_linear(m)
     return getattr(m, 'out_features', None) or m.weight.shape[1-in_dim(m)]
 
-# %% ../nbs/00_heads.ipynb #c0021
+# %% ../nbs/00_heads.ipynb #c0038
 _OUT = ('o_proj', 'out_proj', 'c_proj', 'dense', 'Wo', 'attention_out', 'out_lin', 'output.dense')
+
 _QKV = (dict(q='q_proj', k='k_proj', v='v_proj'), dict(q='Wq', k='Wk', v='Wv'), dict(q='self.query', k='self.key', v='self.value'),
         dict(q='project_q', k='project_k', v='project_v'), dict(q='q_lin', k='k_lin', v='v_lin'),
         dict(q='query_proj', k='key_proj', v='value_proj'))
+
 _FUSED = dict(c_attn='blocks', qkv_proj='blocks', Wqkv='blocks', query_key_value='interleaved')
+
 _HEADS = ('num_heads', 'num_attention_heads', 'n_heads', 'n_head', 'num_attn_heads')
+
 _KV = ('num_key_value_heads', 'num_kv_heads', 'kv_heads', 'kv_n_heads')
+
 _PER_HEAD = r'sinks|gate_bias|(q_)?gate_proj\.(weight|bias)|g_proj\.(weight|bias)'
+
 _NOT_HEADS = r'mamba|delta|lightning|rwkv|short_?conv|linear_?attn|linearattention|recurrent|xlstm|indexer|compressor'  # mix tokens without softmax heads
+
 _OTHER_INPUT = r'(^|[._])(cross_?attn\w*|encoder_attn|cross_?attention|vision\w*|image\w*|audio\w*|visual)([._]|$)'
 
-def _has(m, name):
-    try: m.get_submodule(name); return True
-    except AttributeError: return False
-
-# %% ../nbs/00_heads.ipynb #c0023
+# %% ../nbs/00_heads.ipynb #c0040
 ARCHS = {
     'FalconAttention': lambda a: dict(layout='grouped' if a.new_decoder_architecture else 'blocks' if a.multi_query else 'interleaved',
                                       n_kv_heads=a.num_kv_heads if a.new_decoder_architecture or a.multi_query else a.num_heads),
@@ -211,9 +233,33 @@ def register_arch(
     if not callable(facts): raise TypeError(f'facts is a {type(facts).__name__}; pass a function from the attention module to a dict')
     ARCHS[name] = facts
 
-# %% ../nbs/00_heads.ipynb #c0024
+# %% ../nbs/00_heads.ipynb #c0042
 def _first(o, names): return next((v for n in names if isinstance(v := getattr(o, n, None), int) and v > 0), None)
 
+def _n_kv(inner, attn, facts, proj, layout, n, cfg):
+    "Key/value heads: from the row, the module, the width of k against q, or as many as queries."
+    if 'n_kv_heads' in facts: return facts['n_kv_heads']
+    if layout in ('mla', 'interleaved', 'codegen'): return n
+    groups = _first(inner, ('num_key_value_groups',))
+    kv = _first(inner, _KV) or (n//groups if groups else None)
+    if kv is None and layout == 'separate' and 'k' in proj:
+        d = _first(inner, ('head_dim', 'head_size', 'dim_head', 'attention_head_size'))
+        kv = out_features(attn.get_submodule(proj['k'])) // d if d else n
+    return kv or n
+
+# %% ../nbs/00_heads.ipynb #c0045
+def _stay(attn, sizes, proj):
+    "'qk' if a norm runs over the full width of queries or keys (OLMo 2), else ''."
+    w = {p: getattr(getattr(attn, f'{p}_norm', None), 'weight', None) for p in 'qk'}
+    return 'qk' if any(w[p] is not None and w[p].ndim == 1 and w[p].numel() == sizes.get(proj.get(p)) for p in 'qk') else ''
+
+def _extras(attn, n, kv):
+    "Parameters of the attention module with a share for each head: sinks, output gates, norms with a weight for each head."
+    shape = {name: p.shape for name, p in attn.named_parameters()}
+    found = [(f, 0, 'q') for f, s in shape.items() if re.fullmatch(_PER_HEAD, f) and s[0] % n == 0]
+    return tuple(found + [(f, 0, p) for p, k in (('q', n), ('k', kv)) if len(shape.get(f := f'{p}_norm.weight', ())) == 2 and shape[f][0] == k])
+
+# %% ../nbs/00_heads.ipynb #c0048
 def _read_site(model, path, attn, layer):
     "Read one attention module; None if it isn't one; `UnsupportedArchitecture` if it is one that can't be read."
     facts = ARCHS.get(type(attn).__name__, lambda a: {})(attn)
@@ -238,29 +284,7 @@ def _read_site(model, path, attn, layer):
     return AttnSite(layer, path, attn, out_name, proj, layout, n, kv, width//n, sizes=sizes, stay=facts.get('stay', _stay(attn, sizes, proj)),
                     extras=extras, returns=facts.get('returns', returns))
 
-def _stay(attn, sizes, proj):
-    "'qk' if a norm runs over the full width of queries or keys (OLMo 2), else ''."
-    w = {p: getattr(getattr(attn, f'{p}_norm', None), 'weight', None) for p in 'qk'}
-    return 'qk' if any(w[p] is not None and w[p].ndim == 1 and w[p].numel() == sizes.get(proj.get(p)) for p in 'qk') else ''
-
-def _extras(attn, n, kv):
-    "Parameters of the attention module with a share for each head: sinks, output gates, norms with a weight for each head."
-    shape = {name: p.shape for name, p in attn.named_parameters()}
-    found = [(f, 0, 'q') for f, s in shape.items() if re.fullmatch(_PER_HEAD, f) and s[0] % n == 0]
-    return tuple(found + [(f, 0, p) for p, k in (('q', n), ('k', kv)) if len(shape.get(f := f'{p}_norm.weight', ())) == 2 and shape[f][0] == k])
-
-def _n_kv(inner, attn, facts, proj, layout, n, cfg):
-    "Key/value heads: from the row, the module, the width of k against q, or as many as queries."
-    if 'n_kv_heads' in facts: return facts['n_kv_heads']
-    if layout in ('mla', 'interleaved', 'codegen'): return n
-    groups = _first(inner, ('num_key_value_groups',))
-    kv = _first(inner, _KV) or (n//groups if groups else None)
-    if kv is None and layout == 'separate' and 'k' in proj:
-        d = _first(inner, ('head_dim', 'head_size', 'dim_head', 'attention_head_size'))
-        kv = out_features(attn.get_submodule(proj['k'])) // d if d else n
-    return kv or n
-
-# %% ../nbs/00_heads.ipynb #c0026
+# %% ../nbs/00_heads.ipynb #c0051
 @dataclass
 class HeadMap:
     "Every attention head of a decoder: a list of sites, one a layer, `None` where a layer has no softmax attention."
@@ -280,7 +304,7 @@ class HeadMap:
     @property
     def n_heads(self) -> int: "Heads in all"; return sum(s.n_heads for s in self)
 
-# %% ../nbs/00_heads.ipynb #c0027
+# %% ../nbs/00_heads.ipynb #c0052
 def _stacks(paths, model):
     "Split each path at its outermost `ModuleList`: `{list path: {index: [rest, ...]}}`"
     res = {}
@@ -293,6 +317,7 @@ def _stacks(paths, model):
         res.setdefault(key, {}).setdefault(idx, []).append(p)
     return res
 
+# %% ../nbs/00_heads.ipynb #c0055
 def _candidates(model):
     "Modules that may be attention, outermost first, and those left alone with the reason."
     seen, found, unmapped, dup = {}, {}, {}, {}
@@ -309,26 +334,7 @@ def _candidates(model):
         elif (site := _read_site(model, p, m, -1)) is not None: found[p] = site
     return found, unmapped, {f: d for f, d in dup.items() if f in found}
 
-# %% ../nbs/00_heads.ipynb #c0028
-def head_map(
-    model:nn.Module, # A decoder-only causal language model of transformers (or PEFT's wrapper around one)
-) -> HeadMap:
-    "Find every attention head. Raises `UnsupportedArchitecture` when there is none or when an attention module can't be read."
-    model = base_model(model)
-    if getattr(model, 'sentinel_compact', None): return model.sentinel_compact
-    check_decoder(model)
-    found, unmapped, shared = _candidates(model)
-    if not found: raise UnsupportedArchitecture(
-        f'{type(model).__name__}: no attention module found (looked for an output projection named one of {", ".join(_OUT)} beside query '
-        f'projections); attention-like modules left alone: {dict(list(unmapped.items())[:3]) or "none"}. If one of its modules is attention, '
-        "describe it: register_arch('ClassName', lambda attn: dict(out_name=..., proj=dict(q=..., k=..., v=...)))")
-    rows = []
-    for key, layers in _stacks(found, model).items():
-        for i in range(len(model.get_submodule(key)) if key else 1): rows += layers.get(i) or [None]
-    for l, p in enumerate(rows):
-        if p is not None: found[p].layer, found[p].shared_by = l, tuple(shared.get(p, ()))
-    return HeadMap([p and found[p] for p in rows], getattr(model.config, 'model_type', '?'), sum(p.numel() for p in model.parameters()), unmapped)
-
+# %% ../nbs/00_heads.ipynb #c0058
 def base_model(model:nn.Module) -> nn.Module: # The transformers model inside
     "The transformers model inside a PEFT, DDP or `torch.compile` wrapper, or the model itself."
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
@@ -349,7 +355,27 @@ def check_decoder(model:nn.Module):
     if model.get_output_embeddings() is None:
         raise UnsupportedArchitecture(f'{name} has no language-model head; load it with AutoModelForCausalLM')
 
-# %% ../nbs/00_heads.ipynb #c0033
+# %% ../nbs/00_heads.ipynb #c0061
+def head_map(
+    model:nn.Module, # A decoder-only causal language model of transformers (or PEFT's wrapper around one)
+) -> HeadMap:
+    "Find every attention head. Raises `UnsupportedArchitecture` when there is none or when an attention module can't be read."
+    model = base_model(model)
+    if getattr(model, 'sentinel_compact', None): return model.sentinel_compact
+    check_decoder(model)
+    found, unmapped, shared = _candidates(model)
+    if not found: raise UnsupportedArchitecture(
+        f'{type(model).__name__}: no attention module found (looked for an output projection named one of {", ".join(_OUT)} beside query '
+        f'projections); attention-like modules left alone: {dict(list(unmapped.items())[:3]) or "none"}. If one of its modules is attention, '
+        "describe it: register_arch('ClassName', lambda attn: dict(out_name=..., proj=dict(q=..., k=..., v=...)))")
+    rows = []
+    for key, layers in _stacks(found, model).items():
+        for i in range(len(model.get_submodule(key)) if key else 1): rows += layers.get(i) or [None]
+    for l, p in enumerate(rows):
+        if p is not None: found[p].layer, found[p].shared_by = l, tuple(shared.get(p, ()))
+    return HeadMap([p and found[p] for p in rows], getattr(model.config, 'model_type', '?'), sum(p.numel() for p in model.parameters()), unmapped)
+
+# %% ../nbs/00_heads.ipynb #c0067
 @patch
 def narrow(self:AttnSite,
     keep:list, # Query heads that are left, in order
@@ -371,7 +397,7 @@ def _resized(site, kv, proj):
     even = n % g == 0 and kv == [i//(n//g) for i in range(n)]
     return replace(site, n_heads=n, n_kv_heads=g, kv=None if even else tuple(kv), proj=proj, sizes={m: site.sizes[m]*a//b for m, (a, b) in sizes})
 
-# %% ../nbs/00_heads.ipynb #c0037
+# %% ../nbs/00_heads.ipynb #c0071
 @patch
 def widen(self:AttnSite,
     new:list, # For each further query head: the head it takes after, its KV head (a new one has the next free number), and whether they share columns
@@ -389,7 +415,7 @@ def widen(self:AttnSite,
     donors = tuple((d, bool(split and split[0])) for d, _, *split in new)
     return replace(_resized(self, kv, self.proj), native=self.native or self, source=source, donors=self.donors + donors)
 
-# %% ../nbs/00_heads.ipynb #c0043
+# %% ../nbs/00_heads.ipynb #c0077
 UNITS = ('heads', 'params', 'kv_bytes')
 
 def head_cost(
@@ -418,7 +444,7 @@ def head_cost(
     r = share('q', site.n_heads + 2*site.n_kv_heads)
     return o + r, 2*r + e
 
-# %% ../nbs/00_heads.ipynb #c0046
+# %% ../nbs/00_heads.ipynb #c0082
 @patch
 def head_params(self:HeadMap) -> int:
     "Parameters held by heads."
@@ -431,6 +457,7 @@ def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
     for s in self: t[s.layer, :s.n_heads] = (lambda a, b: a + b/s.kv_of.bincount()[s.kv_of])(*head_cost(s, unit))
     return t
 
+# %% ../nbs/00_heads.ipynb #c0085
 @patch
 def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, head size, layout, parameters)
     "The coverage table, alike layers merged."
@@ -444,7 +471,7 @@ def coverage(self:HeadMap) -> list: # Rows of (layers, module, heads, KV heads, 
     line = lambda k, ls: (span(ls), *k[:5], f'{round(sum(map(cost, ls))):,}') if len(k) > 1 else (span(ls), k[0], 0, 0, '', '', '0')
     return [line(k, ls) for k, ls in rows]
 
-# %% ../nbs/00_heads.ipynb #c0047
+# %% ../nbs/00_heads.ipynb #c0087
 @patch
 def _repr_markdown_(self:HeadMap):
     head = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
@@ -464,7 +491,7 @@ def __repr__(self:HeadMap):
     w = [max(len(r[i]) for r in rows) for i in range(7)]
     return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows) + self._repr_markdown_().rpartition(' |')[2].replace('\n\n', '\n')
 
-# %% ../nbs/00_heads.ipynb #c0053
+# %% ../nbs/00_heads.ipynb #c0093
 @torch.no_grad()
 def probe(
     model:nn.Module, # A model whose weights may be changed for a moment

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 
@@ -222,18 +222,22 @@ def predictors(
     site:AttnSite, # The layer
     repair:str='affine', # 'affine' and 'linear': other heads predict; 'bias': its mean alone is known; 'none': nothing is
     lam:float=1e-2, # Ridge, relative to the mean of the diagonal
+    open_:Bool[Tensor, ' h']|None=None, # Heads that predict; all others leave and are predicted. None: those with variance, and the others count for nothing
 ) -> tuple: # `M` `[k, k]`, `m` `[k]`, so that `x @ M.T + m` is what is lost of each head after repair
-    "The residual of each head's best linear prediction from the layer's other heads. Closed heads (no variance) predict nothing."
-    mean, C = stats['mean'], stats['cov']
+    "The residual of each head's best linear prediction from the layer's other heads."
+    mean, C, d = stats['mean'], stats['cov'], site.head_dim
     if repair in ('none', 'bias'): return torch.eye(len(C)).to(C), torch.zeros_like(mean) if repair == 'none' else -mean
     if repair == 'linear': C, mean = C + torch.outer(mean, mean), torch.zeros_like(mean)
-    live = C.diagonal().view(site.n_heads, -1).sum(1) > 0
-    cols = live.repeat_interleave(site.head_dim).nonzero().flatten()
-    M = torch.zeros_like(C)
+    live = C.diagonal().view(site.n_heads, -1).sum(1) > 0 if open_ is None else open_.to(C.device)
+    live = live.repeat_interleave(d)
+    cols, shut = live.nonzero().flatten(), (~live).nonzero().flatten()
+    M = torch.zeros_like(C) if open_ is None else torch.eye(len(C)).to(C)
     if len(cols):
-        T = torch.linalg.inv(ridge(C[cols][:, cols], lam)).view(-1, site.head_dim, len(cols))
-        own = torch.stack([T[i, :, i*site.head_dim:(i+1)*site.head_dim] for i in range(len(T))])
-        M[cols[:, None], cols] = torch.linalg.solve(own, T).flatten(0, 1)
+        n, P = len(cols)//d, torch.linalg.inv(ridge(C[cols][:, cols], lam))
+        own = P.view(n, d, n, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        M[cols] = 0.
+        M[cols[:, None], cols] = torch.linalg.solve(own, P.view(n, d, -1)).flatten(0, 1)
+        if open_ is not None: M[shut[:, None], cols] = -C[shut][:, cols] @ P
     return M, -M @ mean
 
 @patch

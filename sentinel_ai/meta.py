@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
+from fastcore.basics import patch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .heads import HeadMap, base_model, head_map
 from .gates import adapt, hard_concrete, set_gates
-from .measure import HeadStats, measure, ridge
+from .measure import HeadStats, measure, predictors
 from .controller import FEATURES, LOGS, ANNController, Context, features, heads_in, shift_to
 
 # %% ../nbs/10a_meta.ipynb #c0009
@@ -27,19 +28,7 @@ def left_behind(
     lam:float=1e-2, # Ridge, relative to the mean of the diagonal
 ) -> dict: # Layer to `(M, m)`: `x @ M.T + m` is what is lost of each head
     "The residual of every head from the open ones, which the repair of `prune` leaves behind."
-    return {s.layer: _residual(grams[s.layer], gates[s.layer, :s.n_heads] > .5, s.head_dim, lam) for s in hm}
-
-def _residual(gram, open_, d, lam):
-    mean, C = gram['mean'].double(), ridge(gram['cov'].double(), lam)
-    mask = open_.to(C.device).repeat_interleave(d)
-    o, c, M = mask.nonzero().flatten(), (~mask).nonzero().flatten(), torch.eye(len(C), dtype=C.dtype, device=C.device)
-    if len(o):
-        P, n = torch.linalg.inv(C[o][:, o]), len(o)//d
-        own = P.view(n, d, n, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        M[o] = 0.
-        M[o[:, None], o] = torch.linalg.solve(own, P.view(n, d, -1)).flatten(0, 1)
-        M[c[:, None], o] = -C[c][:, o] @ P
-    return M.float(), (-M @ mean).float()
+    return {s.layer: tuple(x.float() for x in predictors(grams[s.layer], s, lam=lam, open_=gates[s.layer, :s.n_heads] > .5)) for s in hm}
 
 # %% ../nbs/10a_meta.ipynb #c0010
 @contextmanager
@@ -68,6 +57,7 @@ def driven(
     finally:
         for h in handles: h.remove()
 
+# %% ../nbs/10a_meta.ipynb #c0011
 def lm_loss(
     model:nn.Module, # A decoder
     ids:Int[Tensor, 'b t'], # Token ids
@@ -76,7 +66,7 @@ def lm_loss(
     logits = model(ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
-# %% ../nbs/10a_meta.ipynb #c0015
+# %% ../nbs/10a_meta.ipynb #c0017
 @dataclass
 class Case:
     "A model, as the controller may meet it."
@@ -86,7 +76,7 @@ class Case:
     keep:Bool[Tensor, 'l h']          # Heads that are open
     grams:dict                        # With all heads that aren't removed open; a removed one has no variance, so all of it is lost
 
-# %% ../nbs/10a_meta.ipynb #c0016
+# %% ../nbs/10a_meta.ipynb #c0018
 def case(
     model:nn.Module, # A decoder; adapted in place
     batches, # Token ids for the measurement
@@ -111,6 +101,7 @@ def case(
     stats.tables = {k: t.masked_fill(away, math.nan) for k, t in stats.tables.items()}
     return Case(model, stats, away, exists & ~away, stats.grams)
 
+# %% ../nbs/10a_meta.ipynb #c0019
 def cases(
     model:nn.Module, # A decoder
     blocks:Int[Tensor, 'n t'], # Token blocks, more than `size`
@@ -124,7 +115,7 @@ def cases(
     return [case(model, blocks[torch.randperm(len(blocks), generator=rng)[:size]], seed=seed + i,
                  **{k: shares[i//3 % 3] for k in kinds[i % 3]}) for i in range(n)]
 
-# %% ../nbs/10a_meta.ipynb #c0019
+# %% ../nbs/10a_meta.ipynb #c0022
 class ControllerTask(nn.Module):
     "What the Trainer trains: token ids, a case and a share go in, the loss under the controller's gates comes out."
     def __init__(self,
@@ -148,20 +139,6 @@ class ControllerTask(nn.Module):
         for m in self.models: m.eval()
         return self
 
-    def logits(self, c:Case, target:float) -> Float[Tensor, 'l h']:
-        "Two looks at a case, the second with the memory of the first."
-        exists, dev, state = heads_in(c.stats), next(self.controller.parameters()).device, None
-        x = features(c.stats, Context(c.keep, share=target))
-        for _ in range(2): a, state = self.controller((self.veiled(x) if self.training else x).to(dev), exists.to(dev), state)
-        return a.masked_fill(~exists.to(dev), math.nan)
-
-    def veiled(self, x):
-        "Inputs with some tables left out and the others blurred; entropy, gate, position and share stay."
-        hidden = torch.rand(len(LOGS)) < self.hide
-        if hidden[:3].all(): hidden[torch.randint(3, ())] = False                            # one gradient table stays
-        stay = F.pad((~hidden).repeat_interleave(3), (0, len(FEATURES) - 3*len(LOGS)), value=True)
-        return (x + self.blur*torch.randn_like(x)*(x != 0))*stay
-
     def forward(self, input_ids, which, target, **kwargs):
         "`input_ids` `[b, t]`, the number of a case, a share to close."
         c, target = self.cases[int(which)], float(target)
@@ -172,7 +149,25 @@ class ControllerTask(nn.Module):
         with driven(c.model, g, lost): text = lm_loss(c.model, input_ids)
         return dict(loss=self.controller.loss(self.scale*text, a, target, self.spread), text=text.detach())
 
-# %% ../nbs/10a_meta.ipynb #c0020
+# %% ../nbs/10a_meta.ipynb #c0024
+@patch
+def logits(self:ControllerTask, c:Case, target:float) -> Float[Tensor, 'l h']:
+    "Two looks at a case, the second with the memory of the first."
+    exists, dev, state = heads_in(c.stats), next(self.controller.parameters()).device, None
+    x = features(c.stats, Context(c.keep, share=target))
+    for _ in range(2): a, state = self.controller((self.veiled(x) if self.training else x).to(dev), exists.to(dev), state)
+    return a.masked_fill(~exists.to(dev), math.nan)
+
+# %% ../nbs/10a_meta.ipynb #c0027
+@patch
+def veiled(self:ControllerTask, x):
+    "Inputs with some tables left out and the others blurred; entropy, gate, position and share stay."
+    hidden = torch.rand(len(LOGS)) < self.hide
+    if hidden[:3].all(): hidden[torch.randint(3, ())] = False                            # one gradient table stays
+    stay = F.pad((~hidden).repeat_interleave(3), (0, len(FEATURES) - 3*len(LOGS)), value=True)
+    return (x + self.blur*torch.randn_like(x)*(x != 0))*stay
+
+# %% ../nbs/10a_meta.ipynb #c0030
 class _Draws(torch.utils.data.Dataset):
     "Batches of blocks with a case and a share, drawn in advance."
     def __init__(self, blocks, n_cases, n, batch, shares, seed=0):
@@ -183,6 +178,7 @@ class _Draws(torch.utils.data.Dataset):
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(input_ids=self.blocks[self.rows[i]], which=self.which[i], target=self.targets[i])
 
+# %% ../nbs/10a_meta.ipynb #c0032
 def train_controller(
     task:ControllerTask, # What is trained
     blocks:Int[Tensor, 'n t'], # Token blocks whose loss counts; not those of the measurements
@@ -207,7 +203,7 @@ def train_controller(
     task.eval()
     return trainer.state.log_history
 
-# %% ../nbs/10a_meta.ipynb #c0024
+# %% ../nbs/10a_meta.ipynb #c0036
 def tune(
     controller:ANNController, # Trained in place
     model:nn.Module, # The model it is going to be used on

@@ -22,7 +22,9 @@ from .loaders import explain
 
 # %% ../nbs/07a_saving.ipynb #c0005
 FORMAT = 1
+
 _MEMORY = 'sentinel_memory.safetensors'       # what surgery and repair keep
+
 _HEADS = 'sentinel_heads.safetensors'         # an attached `HeadMemory`
 
 class SentinelConfig(PreTrainedConfig):
@@ -33,21 +35,23 @@ class SentinelConfig(PreTrainedConfig):
         self.biases, self.skips, self.agency, self.sentinel_format = list(biases), skips, agency, sentinel_format
         super().__init__(**kwargs)
 
-    def base_config(self) -> PreTrainedConfig:
-        "The config of the base architecture. Raises `ValueError` for a newer format or an unknown architecture."
-        if self.sentinel_format > FORMAT: raise ValueError(
-            f'this model was saved in format {self.sentinel_format}, this version reads up to {FORMAT}; pip install -U sentinel-ai')
-        mt = self.base.get('model_type')
-        if mt not in CONFIG_MAPPING: raise ValueError(f'the base architecture {mt!r} is not known to this version of transformers; update it')
-        if unknown := set(self.gates) - set(GateConfig.__dataclass_fields__): raise ValueError(
-            f'gate settings {sorted(unknown)} are not known to this version; the model was saved by a newer one, so update sentinel_ai')
-        return CONFIG_MAPPING[mt].from_dict(dict(self.base))
-
     def get_text_config(self, *args, **kwargs):
         if self.base.get('model_type') not in CONFIG_MAPPING: return self
         return CONFIG_MAPPING[self.base['model_type']].from_dict(dict(self.base)).get_text_config(*args, **kwargs)
 
-# %% ../nbs/07a_saving.ipynb #c0006
+# %% ../nbs/07a_saving.ipynb #c0007
+@patch
+def base_config(self:SentinelConfig) -> PreTrainedConfig:
+    "The config of the base architecture. Raises `ValueError` for a newer format or an unknown architecture."
+    if self.sentinel_format > FORMAT: raise ValueError(
+        f'this model was saved in format {self.sentinel_format}, this version reads up to {FORMAT}; pip install -U sentinel-ai')
+    mt = self.base.get('model_type')
+    if mt not in CONFIG_MAPPING: raise ValueError(f'the base architecture {mt!r} is not known to this version of transformers; update it')
+    if unknown := set(self.gates) - set(GateConfig.__dataclass_fields__): raise ValueError(
+        f'gate settings {sorted(unknown)} are not known to this version; the model was saved by a newer one, so update sentinel_ai')
+    return CONFIG_MAPPING[mt].from_dict(dict(self.base))
+
+# %% ../nbs/07a_saving.ipynb #c0009
 def _base_type(config):
     "The model class that the config names; the one that transformers registers for the base config otherwise."
     import transformers
@@ -57,6 +61,7 @@ def _base_type(config):
     except KeyError: raise ValueError(f'the model class {config.base_class!r} is not known to this version of transformers; update it') from None
     return cls[0] if isinstance(cls, tuple) else cls
 
+# %% ../nbs/07a_saving.ipynb #c0012
 def _shaped(config):
     "A subclass of the base class whose instances are built in the shape that the config's plan says."
     base = _base_type(config)
@@ -75,7 +80,7 @@ def _shaped(config):
     if config.skips is not None and config.skips['dtype'] == 'float32': keep |= {'sentinel_skips'}
     return type(base.__name__, (base,), dict(__init__=init, __module__=base.__module__, _keep_in_fp32_modules_strict=keep))
 
-# %% ../nbs/07a_saving.ipynb #c0008
+# %% ../nbs/07a_saving.ipynb #c0015
 class SentinelForCausalLM:
     "What `AutoModelForCausalLM` finds for a saved adaptive model; instances are of the base architecture's adaptive class."
     config_class = SentinelConfig
@@ -105,12 +110,14 @@ class SentinelForCausalLM:
         _recall(model, path, hub)
         return (model, info) if output_loading_info else model
 
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        model = _shaped(config)._from_config(config.base_config(), **kwargs)
-        model.__class__ = adaptive_class(_base_type(config))
-        return model
+# %% ../nbs/07a_saving.ipynb #c0017
+@patch(cls_method=True)
+def _from_config(cls:SentinelForCausalLM, config, **kwargs):
+    model = _shaped(config)._from_config(config.base_config(), **kwargs)
+    model.__class__ = adaptive_class(_base_type(config))
+    return model
 
+# %% ../nbs/07a_saving.ipynb #c0019
 def _rewire(m):
     "Make the layers' index tables anew: transformers overwrites buffers that no checkpoint holds."
     m.sentinel_map.n_params = _size(m)                              # tied weights were two when the model was built
@@ -123,10 +130,12 @@ def _rewire(m):
         _unwire(s0)
         _wire(s0, s1, keep.nonzero().flatten().tolist(), s0.layer in m.sentinel_plan.columns)
 
+# %% ../nbs/07a_saving.ipynb #c0020
 AutoConfig.register('sentinel', SentinelConfig, exist_ok=True)
+
 AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True)
 
-# %% ../nbs/07a_saving.ipynb #c0010
+# %% ../nbs/07a_saving.ipynb #c0023
 def _plain(m):
     "Is there nothing that a plain checkpoint couldn't say?"
     g = gate_values(m)
@@ -140,6 +149,7 @@ def _extra_biases(m):
     with torch.device('meta'): twin = _base_class(m)(m.config)
     return sorted(n for n in now if getattr(core_linear(twin.get_submodule(n)), 'bias', None) is None)
 
+# %% ../nbs/07a_saving.ipynb #c0025
 def sentinel_config(
     model:nn.Module, # An adapted model
 ) -> SentinelConfig:
@@ -155,7 +165,27 @@ def sentinel_config(
     cfg.dtype = m.dtype
     return cfg
 
-# %% ../nbs/07a_saving.ipynb #c0011
+# %% ../nbs/07a_saving.ipynb #c0028
+def _write(path, text):
+    tmp = path.with_name(path.name + '.tmp')
+    tmp.write_text(text, encoding='utf8')
+    os.replace(tmp, path)
+
+# %% ../nbs/07a_saving.ipynb #c0031
+def _save_sentinel(m, d, *args, **kwargs):
+    cls, cfg = type(m), sentinel_config(m)
+    m.__class__ = _base_class(m)
+    try: m.save_pretrained(d, *args, **kwargs)
+    finally: m.__class__ = cls
+    cfg.architectures = ['SentinelForCausalLM']
+    if kwargs.get('is_main_process', True): _write(d/'config.json', cfg.to_json_string())
+
+def _upload(d, repo_id, token):
+    from huggingface_hub import HfApi
+    api = HfApi(token=token)
+    api.upload_folder(repo_id=api.create_repo(repo_id, exist_ok=True).repo_id, folder_path=d)
+
+# %% ../nbs/07a_saving.ipynb #c0032
 @patch
 def save_pretrained(self:AdaptiveMixin,
     save_directory:str|os.PathLike, # A folder; made if it isn't there
@@ -179,25 +209,7 @@ def save_pretrained(self:AdaptiveMixin,
         (d/_HEADS).unlink(missing_ok=True) if heads is None else heads.save(d/_HEADS)
     if push_to_hub and main: _upload(d, repo_id or d.name, kwargs.get('token'))
 
-def _save_sentinel(m, d, *args, **kwargs):
-    cls, cfg = type(m), sentinel_config(m)
-    m.__class__ = _base_class(m)
-    try: m.save_pretrained(d, *args, **kwargs)
-    finally: m.__class__ = cls
-    cfg.architectures = ['SentinelForCausalLM']
-    if kwargs.get('is_main_process', True): _write(d/'config.json', cfg.to_json_string())
-
-def _write(path, text):
-    tmp = path.with_name(path.name + '.tmp')
-    tmp.write_text(text, encoding='utf8')
-    os.replace(tmp, path)
-
-def _upload(d, repo_id, token):
-    from huggingface_hub import HfApi
-    api = HfApi(token=token)
-    api.upload_folder(repo_id=api.create_repo(repo_id, exist_ok=True).repo_id, folder_path=d)
-
-# %% ../nbs/07a_saving.ipynb #c0013
+# %% ../nbs/07a_saving.ipynb #c0034
 def _save_memory(m, path):
     from safetensors.torch import save_file
     t, info = {}, {}
@@ -218,7 +230,7 @@ def _save_memory(m, path):
     save_file(t, tmp, metadata=dict(format='pt', sentinel_memory=str(FORMAT), info=json.dumps(info)))
     os.replace(tmp, path)
 
-# %% ../nbs/07a_saving.ipynb #c0014
+# %% ../nbs/07a_saving.ipynb #c0035
 def _recall(m, path, hub):
     "Give a loaded model its memory, if it was saved."
     from safetensors import safe_open
@@ -241,7 +253,7 @@ def _recall(m, path, hub):
     if rep: m.sentinel_repairs = rep
     if predictors: m.sentinel_predictors = predictors
 
-# %% ../nbs/07a_saving.ipynb #c0015
+# %% ../nbs/07a_saving.ipynb #c0038
 def model_card(
     model:nn.Module, # An adapted or compact model
 ) -> str: # Markdown

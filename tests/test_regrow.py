@@ -244,3 +244,35 @@ def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
     remove_skips(back)
     unadapt(unprune(back))
     assert torch.equal(logits(back), plain) and same(back, sd)
+
+
+def test_what_isnt_remembered_is_refused_and_nothing_changes():
+    "Weights that were let go can't come back from memory: said before anything is changed, also for a head whose group is open."
+    for name in ('llama', 'gpt2'):
+        model = build(name)
+        memory = HeadMemory().attach(adapt(model))
+        set_gates(model, {(0, 1): 0., (1, 0): 0.})
+        memory.remember(model, [(0, 1), (1, 0)])
+        compact(model)
+        memory.release(model)
+        memory.forget((1, 0))
+        was, plan = logits(model), model.sentinel_plan.keep.clone()
+        with pytest.raises(RuntimeError, match="layer 1 head 0 isn't remembered"): regrow(model, [(0, 1), (1, 0)])
+        assert torch.equal(logits(model), was) and torch.equal(model.sentinel_plan.keep, plan)
+        assert not any(r['parts'] for r in model.sentinel_removed.values())
+        regrow(model, [(0, 1)])
+        assert regrow(model, [(1, 0)], init='zero').done
+
+
+def test_the_mirror_is_asked():
+    from sentinel_ai.measure import HeadStats
+    from sentinel_ai.regrow import wish
+    model = half('gpt2', removed=False)
+    plan = HeadPlan.from_gates(model)
+    grad = torch.rand(plan.keep.shape, generator=torch.Generator().manual_seed(0)) - .5
+    stats = HeadStats(dict(grad=grad, taylor=2*grad.abs()))
+    L = len(grad)
+    for l in range(L):
+        partner = [2*abs(grad[L-1-l, h]) for h in range(grad.shape[1]) if plan.keep[L-1-l, h]]
+        mean = sum(partner)/len(partner) if partner else torch.tensor(0.)
+        torch.testing.assert_close(wish(stats, plan, 'mirror')[l], grad[l].abs() + mean)
