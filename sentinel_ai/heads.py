@@ -500,7 +500,7 @@ def probe(
     head:int, # A query head
 ) -> Bool[Tensor, ' h']:
     "Which heads' slices change when the rows that the map gives for `part` of `head` are disturbed (and put back)?"
-    ids, seen = torch.arange(12)[None] + 3, []
+    ids, seen = torch.arange(12, device=next(model.parameters()).device)[None] + 3, []
     hook = site.out.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach().clone()))
     name, r = site.rows(part, head)
     lin = core_linear(site.attn.get_submodule(name))

@@ -171,7 +171,7 @@ def test_compiled_once():
         n = len(graphs)
         agency.withdraw((0, 1), 'test')
         agency.set_state((1, 1), 'overloaded', 'test')
-        assert torch.equal(run(IDS).logits, logits(model)) and len(graphs) == n
+        assert torch.allclose(run(IDS).logits, logits(model), atol=1e-6) and len(graphs) == n
 
 
 def test_resumes_where_it_was():

@@ -27,11 +27,11 @@ def test_driven(name):
     hm, table, want = model.sentinel_map, quarter(model), logits(model)
     with driven(model, torch.where(table.isnan(), table, 1.)): assert torch.equal(logits(model), want)
     g = table.clone().requires_grad_()
-    with driven(model, g): soft = model(CALIB[:1, :12]).logits
+    with driven(model, g): soft = model(CALIB[:1, :12].to(model.device)).logits.to(g.device)
     soft.square().sum().backward()
     assert torch.equal(g.grad.nan_to_num() != 0, g.grad != 0) and g.grad.abs().sum() > 0
     set_gates(model, table)
-    ours = logits(model, CALIB[:1, :12])
+    ours = logits(model, CALIB[:1, :12]).cpu()
     assert torch.allclose(ours, soft, atol=1e-5*ours.abs().max().item())
     set_gates(model, 1.)
     assert torch.equal(logits(model), want) and not any(len(s.out._forward_pre_hooks) > 1 for s in hm)

@@ -17,7 +17,7 @@ from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach,
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, IDS, SEED, build, greedy, logits  # noqa: E402
 
 torch.set_num_threads(1)
 # A norm over the width of all heads (q and k in OLMo 2 and OLMoE, the output in BitNet), two softmax maps for one head (DiffLlama)
@@ -32,7 +32,7 @@ SOME = SEED + ['falcon-new', 'codegen', 'gpt_oss', 'deepseek_v3', 'mpt', 'phi3']
 def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
 
 
-def same_state(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same_state(a, b): return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 
 def close(a, b, tol=1e-5):
@@ -77,7 +77,8 @@ def test_heads(name, init, tmp_path):
         assert same_state(state(unadapt(model)), sd) and torch.equal(logits(model), want)
         return
     assert grow(model, heads=1, init=init) is model
-    assert torch.equal(logits(model), want) if init == 'zero' else close(logits(model), want, 1e-6) is None
+    if init == 'zero' and DEVICE == 'cpu': assert torch.equal(logits(model), want)
+    else: close(logits(model), want, 1e-6)            # the kernel for another width may sum in another order
     assert {s.layer: s.n_heads for s in model.sentinel_map} == {l: h + 1 for l, h in n.items()}
     assert all(p is params[k] for k, p in model.named_parameters() if '.sentinel.' not in k)
     assert torch.equal(greedy(model), tokens)

@@ -1,8 +1,10 @@
 """The architecture matrix: every promise that must hold bit for bit, on tiny random decoders, in float32 and bfloat16.
 
 `pytest tests/test_matrix.py -k llama` runs one architecture; `-k "llama and causal"` one promise on it.
+`SENTINEL_DEVICE=cuda pytest tests` runs the models of this folder on an accelerator.
 """
 import copy
+import os
 
 import pytest
 import torch
@@ -31,19 +33,28 @@ DTYPES = [torch.float32, torch.bfloat16]
 COUPLED = {'olmo2': 'qk', 'olmoe': 'qk', 'bitnet': 'qkv'}
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits for the first
-IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29, 62, 14, 7, 50]])
+DEVICE = os.environ.get('SENTINEL_DEVICE', 'cpu')
+IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29, 62, 14, 7, 50]], device=DEVICE)
+
+
+def placed(model): return model.to(DEVICE) if next(model.parameters()).device.type == 'cpu' else model    # not when it has no data
 
 
 def build(name, dtype=torch.float32, seed=0):
     mt, kw = VARIANTS.get(name, (name, {}))
-    return random_model(mt, seed=seed, dtype=dtype, **kw)
+    return placed(random_model(mt, seed=seed, dtype=dtype, **kw))
+
+
+def moved(model, kw): return {k: v.to(next(model.parameters()).device) if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
 
 
 @torch.no_grad()
-def logits(model, ids=IDS, **kw): return model(ids, **kw).logits
+def logits(model, ids=IDS, **kw): return model(**moved(model, dict(input_ids=ids, **kw))).logits.to(DEVICE)
 
 
-def greedy(model, ids=IDS, **kw): return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **kw)
+def greedy(model, ids=IDS, **kw):
+    kw = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None) | kw
+    return model.generate(**moved(model, dict(inputs=ids, **kw))).to(DEVICE)
 
 
 def quarter(model, seed=0):
@@ -113,7 +124,7 @@ def test_generate(name):
 def test_generate_variants(name):
     "Left padding, sampling with a seed and beam search give the plain model's tokens."
     model = build(name)
-    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long, device=DEVICE)
     ids[1, :4], mask[1, :4] = 0, 0
 
     def runs():

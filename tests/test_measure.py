@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, SEED, VARIANTS, build  # noqa: E402
+from test_matrix import ALL, DEVICE, IDS, SEED, VARIANTS, build  # noqa: E402
 
 from sentinel_ai import adapt, compact, random_model, set_gates  # noqa: E402
 from sentinel_ai.measure import measure  # noqa: E402
@@ -22,7 +22,7 @@ HALVES = ['diffllama']  # returns each differential head's two maps as two heads
 
 def eager(name):
     mt, kw = VARIANTS.get(name, (name, {}))
-    return random_model(mt, **(kw | dict(attn_implementation='eager')))
+    return random_model(mt, **(kw | dict(attn_implementation='eager'))).to(DEVICE)
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def naive(model, n_layers):
         p = p.double()
         sink = 1 - p.sum(-1)  # gpt_oss lets part of the attention fall into a sink
         H = -(p*p.clamp_min(1e-300).log()).sum(-1) - torch.where(sink > 1e-5, sink*sink.clamp_min(1e-300).log(), 0.)
-        t = torch.arange(p.shape[-1])
-        res.append((H.mean((0, 2)), (p*(t[:, None] - t)).sum(-1).mean((0, 2)), p[..., 0].mean((0, 2))))
+        t = torch.arange(p.shape[-1], device=p.device)
+        res.append([x.cpu() for x in (H.mean((0, 2)), (p*(t[:, None] - t)).sum(-1).mean((0, 2)), p[..., 0].mean((0, 2)))])
     return res
 
 
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_gates(name):
         logits = model(row[None], use_cache=False).logits[0, :-1].float()
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, row[1:]), list(gates.values()))
         for l, g in zip(gates, grads): total[l] += g.square()/2
-    for l, t in total.items(): torch.testing.assert_close(stats.fisher[l, :len(t)], t, rtol=2e-3, atol=1e-9)
+    for l, t in total.items(): torch.testing.assert_close(stats.fisher[l, :len(t)], t.cpu(), rtol=2e-3, atol=1e-9)
     assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel_map.n_heads for k in stats.tables)
 
 

@@ -10,17 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, SEED, build, greedy, logits  # noqa: E402
 
 from sentinel_ai import compact, gate_values, prune, unadapt, unprune  # noqa: E402
 
 torch.set_num_threads(1)
-CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def same(model, sd):
     now = model.state_dict()
-    return now.keys() == sd.keys() and all(torch.equal(now[k], v) for k, v in sd.items())
+    return now.keys() == sd.keys() and all(torch.equal(now[k].cpu(), v.cpu()) for k, v in sd.items())
 
 
 @pytest.mark.filterwarnings('ignore:.*only columns of the output projection left')

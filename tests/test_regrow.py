@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, SEED, build, greedy, logits  # noqa: E402
 
 from sentinel_ai import compact, gate_values, prune, set_gates, unadapt, unprune  # noqa: E402
 from sentinel_ai.gates import adapt  # noqa: E402
@@ -20,7 +20,7 @@ from sentinel_ai.regrow import INITS, Regrowth, observe, regrow  # noqa: E402
 from sentinel_ai.surgery import HeadPlan  # noqa: E402
 
 torch.set_num_threads(1)
-CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
 pytestmark = pytest.mark.filterwarnings('ignore:.*only columns of the output projection left', 'ignore:.*came back from memory alone')
 # a norm or a mask is made of all heads, or queries and keys aren't held head by head: a head can't be copied alone
 NO_SPLIT = {'olmo2', 'olmoe', 'bitnet', 'diffllama', 'doge'}
@@ -33,7 +33,7 @@ def near(a, b, tol=1e-4):
 
 def same(model, sd):
     now = model.state_dict()
-    return all(torch.equal(now[k], v) for k, v in sd.items())
+    return all(torch.equal(now[k].cpu(), v.cpu()) for k, v in sd.items())
 
 
 def half(name, removed=True):

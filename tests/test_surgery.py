@@ -50,7 +50,7 @@ def lopsided(name):
 
 
 def padded():
-    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long, device=IDS.device)
     ids[1, :4], mask[1, :4] = 0, 0
     return ids, dict(attention_mask=mask)
 
@@ -61,7 +61,7 @@ def n_params(m): return sum(p.numel() for p in m.parameters())
 def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
 
 
-def same_state(a, b): return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+def same_state(a, b): return list(a) == list(b) and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 
 def close(a, b, tol=1e-5):

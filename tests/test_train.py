@@ -74,7 +74,7 @@ def make(name, folder, callbacks=(), cls=AdaptiveTrainer, cycle=None, model=None
     args = TrainingArguments(**(dict(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=12, learning_rate=3e-3, weight_decay=.1, max_grad_norm=.5,
         lr_scheduler_type='cosine', warmup_steps=2, report_to='none', logging_steps=1, save_strategy='steps', save_steps=1, disable_tqdm=True,
-        use_cpu=True, seed=3) | kw))
+        use_cpu=os.environ.get('SENTINEL_DEVICE', 'cpu') == 'cpu', seed=3) | kw))
     data = blocks()
     cycle = cycle or AdaptiveCallback(Script(), every=1, regrow=dict(init='memory', warmup=3), compact_every=5,
                                       head_lr=dict(multipliers={(0, 0): .5}, schedule=(3., 2)))

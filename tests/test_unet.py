@@ -11,7 +11,7 @@ import torch
 from sentinel_ai import adapt, compact, expand, gate_values, random_model, set_gates, unadapt, UnsupportedArchitecture
 from torch.utils.checkpoint import checkpoint
 from sentinel_ai.unet import add_skips, mirror_pairs, remove_skips, set_skip_gates, skip_gates, _block_paths
-from test_matrix import ALL, IDS, LISTED, SEED, VARIANTS, greedy, logits, quarter
+from test_matrix import ALL, IDS, LISTED, SEED, VARIANTS, greedy, logits, placed, quarter
 
 # Layers enough for two pathways, where the config's layers aren't just `num_hidden_layers`
 DEEP = {'gpt_neo': dict(num_hidden_layers=5, attention_types=[[['global', 'local', 'global', 'local', 'global'], 1]]),
@@ -22,7 +22,7 @@ BF16 = SEED + ['qwen3', 'gemma2', 'falcon', 'mpt', 'deepseek_v3', 'jamba', 'gpt_
 
 def deep(name, dtype=torch.float32, seed=0):
     mt, kw = VARIANTS.get(name, (name, {}))
-    return random_model(mt, seed=seed, dtype=dtype, **(kw | DEEP.get(name, dict(num_hidden_layers=5))))
+    return placed(random_model(mt, seed=seed, dtype=dtype, **(kw | DEEP.get(name, dict(num_hidden_layers=5)))))
 
 
 def n_hooks(m): return sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in m.modules())
@@ -99,7 +99,7 @@ def test_bfloat16(name):
 def test_generate_variants(name):
     "With left padding a row gives the tokens it gives alone; beam search with the cache gives those without it."
     model = set_skip_gates(add_skips(deep(name), rank=8), .3)
-    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long)
+    ids, mask = torch.cat([IDS, IDS.roll(3, 1)]), torch.ones(2, IDS.shape[1], dtype=torch.long, device=IDS.device)
     ids[1, :4], mask[1, :4] = 0, 0
     if name not in ('gptj', 'codegen', 'gpt_bigcode'):               # as without pathways: test below
         assert torch.equal(greedy(model, ids, attention_mask=mask)[0], greedy(model)[0])
@@ -200,7 +200,7 @@ def test_wrong_order_raises():
 
 def test_layerdrop():
     "A layer that is left out at random passes nothing on, and nothing stale."
-    model = set_skip_gates(add_skips(random_model('opt', num_hidden_layers=5, layerdrop=.5), rank=8), .3).train()
+    model = set_skip_gates(add_skips(placed(random_model('opt', num_hidden_layers=5, layerdrop=.5)), rank=8), .3).train()
     for i in range(10):
         torch.manual_seed(i)
         model(IDS[:, :6+i % 3], labels=IDS[:, :6+i % 3]).loss.backward()
