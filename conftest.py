@@ -5,8 +5,9 @@ Cells marked with a flag of `tst_flags` (settings.ini) are left out; NB_FLAGS="s
 """
 import importlib.util
 import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -59,13 +60,16 @@ class NotebookTest(pytest.Item):
         timeout = float(os.environ.get('NB_TIMEOUT', 900))
         with tempfile.TemporaryDirectory() as d:
             force, base = os.environ.get('NB_FLAGS', '').split(), str(ROOT) if CHECKOUT else None
-            out = Path(d)/'res.json'
-            cmd = [sys.executable, '-c', CHILD, json.dumps([str(self.path), skip, force, base, str(out)])]
-            try:
-                p = subprocess.run(cmd, cwd=self.path.parent, timeout=timeout, stdin=subprocess.DEVNULL,
-                                   capture_output=True, text=True, errors='replace')
-                end, err = f'the process ended with code {p.returncode} in', p.stderr
-            except subprocess.TimeoutExpired: end, err = f'still running after NB_TIMEOUT={timeout:.0f} seconds:', ''
+            out, log = Path(d)/'res.json', Path(d)/'log'
+            p = FORKS.Process(target=exec, args=(CHILD, dict(args=(str(self.path), skip, force, base, str(out), str(log)))))
+            p.start()
+            p.join(timeout)
+            end = f'the process ended with code {p.exitcode} in'
+            if p.is_alive():
+                end = f'still running after NB_TIMEOUT={timeout:.0f} seconds:'
+                os.killpg(p.pid, signal.SIGKILL)
+                p.join()
+            err = log.read_text(errors='replace') if log.exists() else ''
             res = json.loads(out.read_text()) if out.exists() else dict(passed=False, failed='', at='its start')
         sys.stderr.write(err)
         if not res['passed']: raise CellError(res['failed'] or f"{end} {res['at']}")
@@ -79,14 +83,21 @@ class NotebookTest(pytest.Item):
     def reportinfo(self): return self.path, 0, f'{self.path.relative_to(ROOT)}'
 
 
+# Importing torch and transformers takes some ten seconds: one server does it, and each notebook runs in a fork of that.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['torch', 'transformers.trainer', 'datasets', 'matplotlib.pyplot', 'nbdev.test', f'{LIB}.train'])
+
 # What the notebook's own process does: run test_nb, count the cells that ran, keep the one that failed.
 CHILD = r'''
-import json, re, sys
+import json, os, re, sys
 from pathlib import Path
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
-fn, skip, force, base, out = json.loads(sys.argv[1])
-sys.argv = ['']
+fn, skip, force, base, out, log = args
+os.setsid()                                 # so that all it starts can be stopped with it
+os.chdir(Path(fn).parent)
+sys.argv, sys.path[:0] = [''], ['']
+for fd, f in ((0, os.devnull), (1, log), (2, log)): os.dup2(os.open(f, os.O_RDWR|os.O_CREAT|os.O_APPEND), fd)
 
 def is_code(c): return c.cell_type == 'code' and re.search(r'^\s*[^#\s]', c.source, re.M)
 
