@@ -26,6 +26,7 @@ from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_to
 from .data import TEXTS, lm_dataset, load_text
 from .train import GateRun, TrainResult, n_steps, train_gates
 from .viz import plot_gates, plot_gates_over_time, plot_loss
+from .report import report as html_report
 
 # %% ../nbs/12_cli.ipynb #c0005
 class Parser(HfArgumentParser):
@@ -562,6 +563,7 @@ def save_run(
     _write(folder/'metrics.jsonl', ''.join(json.dumps(d) + '\n' for d in [*log[1:], *gates, *ends]))
     settings = dict(command=command, run=asdict(o), gates=asdict(run), training=args.to_dict(), versions=versions())
     _write(folder/'run.json', json.dumps(settings, indent=1, default=str) + '\n')
+    html_report(folder)
     _write(folder/'report.md', report(o, run, res, data, command, folder))
 
 # %% ../nbs/12_cli.ipynb #c0065

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from jaxtyping import Float, Int
 from .heads import _HEADS, _KV, _first, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 from .gates import _base_class, is_adaptive
+from .pruning import _FLAGS
 from .loaders import load_tokenizer
 
 # %% ../nbs/07b_export.ipynb #c0006
@@ -261,14 +262,14 @@ def _skeleton(m, heads, kv_heads, d, bias=()):
 # %% ../nbs/07b_export.ipynb #c0030
 def _separable(m, kept, heads):
     "Refuse architectures in which a head that leaves changes what others compute."
-    stay = next((k for k in kept if k.site and k.site.stay), None)
-    if stay and heads != _first(m.config, _HEADS): raise ValueError(
+    stay = next((k for k in kept if k.site and k.site.stay and not (k.whole and heads == _first(m.config, _HEADS))), None)
+    if stay: raise ValueError(
         f'layer {stay.layer} ({type(stay.site.attn).__name__}) computes a norm or a mask from all heads, so a plain checkpoint cannot leave any out; '
         'save_pretrained can, for readers with sentinel_ai')
 
 def _with_biases(m, heads, kv_heads, d):
     "The skeleton, with biases switched on in its config where the model has some that it would lack."
-    sd, have = _state(m), [b for b in ('attention_bias', 'mlp_bias') if getattr(m.config, b, None) is False]
+    sd, have = _state(m), [b for b in (*_FLAGS, 'mlp_bias') if getattr(m.config, b, None) is False]
     lost = lambda new: (lambda own: [n for n in sd if n not in own])(new.state_dict())
     new, sites = _skeleton(m, heads, kv_heads, d)
     need, missing = [], lost(new)
@@ -366,6 +367,7 @@ def _llama_like(m):
         raise UnsupportedArchitecture(f'{what}which has a tensor {lost}; save_pretrained keeps any model')
     act = getattr(cfg, 'hidden_act', None)
     if act not in ('silu', 'swish'): raise UnsupportedArchitecture(f'{what}whose activation is silu, not {act!r}')
+    if not hasattr(cfg, 'rms_norm_eps'): raise UnsupportedArchitecture(f'{what}whose norms are root-mean-square norms, and this model has others')
     win = getattr(cfg, 'sliding_window', None)
     if win and win < cfg.max_position_embeddings and getattr(cfg, 'use_sliding_window', True): raise UnsupportedArchitecture(
         f'{what}which attends to all of its context, and this model to {win} tokens; set config.sliding_window=None if your texts are shorter')

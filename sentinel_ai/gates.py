@@ -46,6 +46,13 @@ class GateConfig:
         need(self.zeta > 1, 'zeta', 'above 1')
         need(isinstance(getattr(torch, self.dtype, None), torch.dtype), 'dtype', "the name of a torch type such as 'float32'")
 
+    def _repr_markdown_(self): return _settings(self)
+
+def _settings(c):
+    "A dataclass as a table; what isn't the default is bold."
+    rows = [f'| `{n}` | {v if v == f.default else f"**{v}**"} | {f.default} |' for n, f in c.__dataclass_fields__.items() for v in [getattr(c, n)]]
+    return '\n'.join([f'| {type(c).__name__} | value | default |', '|---|---|---|', *rows])
+
 MODES = ('static', 'learned', 'hard_concrete')
 
 # %% ../nbs/01_gates.ipynb #c0011

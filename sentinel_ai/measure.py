@@ -90,7 +90,7 @@ class _Watch(TorchFunctionMode):
     "Hands what each attention call attends to on to `found(site, entropy, seen, distance, first)`."
     def __init__(self, hm, found):
         super().__init__()
-        self.site, self.found, self.start, self.handles, self.parts = None, found, None, [], []
+        self.site, self.found, self.start, self.back, self.handles, self.parts = None, found, None, None, [], []
         for s in hm:
             self.handles += [s.attn.register_forward_pre_hook(partial(self._enter, s)), s.attn.register_forward_hook(self._leave, always_call=True)]
 
@@ -109,7 +109,14 @@ class _Watch(TorchFunctionMode):
 # %% ../nbs/02_measure.ipynb #c0015
 @patch
 def _sdpa(self:_Watch, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    self._give(_attention(query, key, attn_mask, scale, is_causal, self.start))
+    w = getattr(self.site.inner, 'sentinel_wiring', None)                          # where heads grew, they come in the order of their KV heads
+    self.back = getattr(w, 'back', None) if attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[1] == 1 else None
+    self._give(self._called(query, key, attn_mask, scale, is_causal))
+
+@patch
+def _called(self:_Watch, *call): return _attention(*call, self.start)
+@patch
+def _formed(self:_Watch, z): return _softmaxed(z, self.start)
 
 @patch
 def _softmax(self:_Watch, input, dim=-1, *args, **kwargs):
@@ -117,7 +124,7 @@ def _softmax(self:_Watch, input, dim=-1, *args, **kwargs):
     n = self.site.n_heads
     if dim not in (-1, input.ndim-1): return
     z = input.unflatten(0, (-1, n)) if input.ndim == 3 and input.shape[0] % n == 0 and input.shape[1] != input.shape[0] else input
-    if z.ndim == 4 and z.shape[1] in (n, 2*n) and z.shape[-1] >= z.shape[-2]: self._give(_softmaxed(z, self.start))
+    if z.ndim == 4 and z.shape[1] in (n, 2*n) and z.shape[-1] >= z.shape[-2]: self.back = None; self._give(self._formed(z))
 
 @patch
 def _give(self:_Watch, tables):
@@ -128,7 +135,8 @@ def _give(self:_Watch, tables):
     if heads > n: raise UnsupportedArchitecture(
         f'layer {self.site.layer} ({self.site.path}): attention ran with {heads} heads, the map says {n}')
     if heads < n: return                                                            # uneven groups come one run after the other
-    self.found(self.site, *(torch.cat(x, 1) for x in zip(*self.parts)))
+    tables = [torch.cat(x, 1) for x in zip(*self.parts)]
+    self.found(self.site, *(tables if self.back is None else [x.index_select(1, self.back.to(x.device)) for x in tables]))
     self.parts.clear()
 
 # %% ../nbs/02_measure.ipynb #c0019

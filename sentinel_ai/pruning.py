@@ -272,12 +272,13 @@ def choose_evenly(
     res = closed.clone()
     for s in hm:
         g = torch.tensor(_groups(s))
-        unit = int((g == g[0]).sum()) if whole else s.n_kv_heads
+        alone = whole or s.n_heads == s.n_kv_heads                   # heads with keys of their own are groups of one
+        unit = int((g == g[0]).sum()) if alone else s.n_kv_heads
         n = min(round(share*s.n_heads/unit), (s.n_heads - min_heads)//unit)*unit
         F = None if pairs is None else pairs.view(*hm.shape, *hm.shape)[s.layer, :s.n_heads, s.layer, :s.n_heads].double()
         price = scores[s.layer, :s.n_heads].double() if F is None else .5*F.diagonal().clone()
         shut, must = res[s.layer, :s.n_heads], torch.zeros(s.n_heads, dtype=torch.bool) if protect is None else protect[s.layer, :s.n_heads]
-        while int(shut.sum()) < n: _take_one(s, g, shut, must, price, F, n, whole)
+        while int(shut.sum()) < n: _take_one(s, g, shut, must, price, F, n, alone)
     return res
 
 def _take_one(s, g, shut, must, price, F, n, whole):

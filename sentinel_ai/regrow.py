@@ -180,6 +180,12 @@ class Regrowth:
             if self.shares[l, h] is not None: shift_repair(m, l, self.shares[l, h], now - then)
 
     def __repr__(self): return f'Regrowth of {len(self.target)} heads, step {self.t} of {self.warmup}: {self.info}'
+    def _repr_markdown_(self):
+        now = lambda k, g: 'left alone' if k in self.stopped else f'{g*self.share(self.t):.2f}'
+        rows = [f'| {k[0]} | {k[1]} | {now(k, g)} | {g:.2f} |' for k, g in list(self.target.items())[:20]]
+        more = f', the first 20 of {len(self.target)} heads' if len(self.target) > 20 else ''
+        about = ', '.join(f'{k}: {v}' for k, v in self.info.items())
+        return '\n'.join(['| layer | head | gate now | at the end |', '|---|---|---|---|', *rows]) + f'\n\nStep {self.t} of {self.warmup}{more}; {about}.'
 
 # %% ../nbs/04b_regrow.ipynb #c0025
 @patch

@@ -237,7 +237,7 @@ def _recall(m, path, hub):
     from transformers.utils import cached_file
     find = lambda name: cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
     if (f := find(_HEADS)) is not None: HeadMemory.load(f).attach(m)
-    if (f := find(_MEMORY)) is None: return
+    if (f := find(_MEMORY)) is None or any(p.is_meta for p in m.parameters()): return      # into offloaded weights nothing can be brought back
     with safe_open(f, 'pt') as st:
         meta = st.metadata()
         if (v := int(meta.get('sentinel_memory', 0))) > FORMAT:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from .heads import UNITS
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
-                               lowest, set_gates)
+                               lowest, set_gates, _settings)
 from .surgery import HeadPlan, compact, head_slices, original_heads, _plan_of
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory
@@ -49,6 +49,8 @@ class GateRun:
         need(0 < self.learn <= 1, 'learn', 'above 0, up to 1')
         need(self.gate_lr >= 0, 'gate_lr', '0 or more')
 
+    def _repr_markdown_(self): return _settings(self)
+
 # %% ../nbs/10_train.ipynb #c0009
 class GateCallback(TrainerCallback):
     "Learns gates under their budget, closes heads at the closing step, and keeps a record of all gates."
@@ -63,10 +65,19 @@ class GateCallback(TrainerCallback):
         if not self.steps or self.steps[-1] != step: self.steps.append(step); self.gates.append(gate_values(model))
 
 # %% ../nbs/10_train.ipynb #c0011
+def sentinel_parameters(model:nn.Module) -> list: # Those that are trained
+    "Gates and multipliers of an adapted model."
+    m = base_model(model)
+    mine = [s.attn.sentinel for s in m.sentinel_map] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
+    return [p for s in mine for p in s.parameters() if p.requires_grad]
+
 @patch
 def on_pre_optimizer_step(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
-    if m.sentinel_config.mode != 'static': gate_penalty(m, state.global_step).backward()
+    if m.sentinel_config.mode == 'static': return
+    mine = sentinel_parameters(m)
+    for p, g in zip(mine, torch.autograd.grad(gate_penalty(m, state.global_step), mine, allow_unused=True)):
+        if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)    # a backward() would run DDP's hooks outside its own
 
 @patch
 def on_optimizer_step(self:GateCallback, args, state, control, model=None, **kwargs):
@@ -125,12 +136,6 @@ def load_state_dict(self:GateCallback, d:dict):
     self.steps, self.gates = d['steps'], [torch.tensor(g, dtype=torch.float32) for g in d['gates']]
 
 # %% ../nbs/10_train.ipynb #c0019
-def sentinel_parameters(model:nn.Module) -> list: # Those that are trained
-    "Gates and multipliers of an adapted model."
-    m = base_model(model)
-    mine = [s.attn.sentinel for s in m.sentinel_map] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
-    return [p for s in mine for p in s.parameters() if p.requires_grad]
-
 def open_heads(model:nn.Module) -> int: # Count
     "How many heads have a gate above 0, and consent where an `Agency` asks for it?"
     return int((gate_values(model, effective=True) > 0).sum())
@@ -162,8 +167,9 @@ class AdaptiveTrainerMixin:
 # %% ../nbs/10_train.ipynb #c0023
 @patch
 def _ours(self:AdaptiveTrainerMixin):
-    "Is the whole model in this process? Sharded ones are left to the Trainer."
-    return is_adaptive(self.model) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or getattr(self, 'is_fsdp_xla_enabled', False))
+    "Is the whole run in this process? Others, sharded or not, are left to the Trainer."
+    split = self.is_deepspeed_enabled or self.is_fsdp_enabled or getattr(self, 'is_fsdp_xla_enabled', False)
+    return is_adaptive(self.model) and self.args.world_size == 1 and not split
 
 @patch
 def _get_output_dir(self:AdaptiveTrainerMixin, trial):
@@ -498,6 +504,14 @@ class Plasticity:
         self.model, self.ramps, self.events, self.cycles, self.rates = None, [], [], 0, None
         self._check()
 
+    def _repr_markdown_(self):
+        ppl = lambda e: '' if e['perplexity'] is None else f"{e['perplexity']:.3f}"
+        cells = lambda e: (e['step'], len(e['closed']), len(e['opened']), f"{e['open']} of {e['heads']}", f"{e['target']:.3f}", ppl(e),
+                           'yes' if e['compacted'] else '')
+        rows = [f'| {" | ".join(map(str, cells(e)))} |' for e in self.events[-30:]]
+        head = ['| step | closed | came back | open | target share | perplexity before | cut out |', '|'.join(['', *['---']*7, ''])]
+        return '\n'.join([*head, *rows]) + f'\n\n{type(self.controller).__name__}, a decision every {self.every} steps, {len(self.events)} so far.'
+
 # %% ../nbs/10_train.ipynb #c0076
 @patch
 def _check(self:Plasticity):
@@ -644,6 +658,7 @@ class AdaptiveCallback(TrainerCallback):
 
     @property
     def events(self) -> list: "What happened so far"; return self.cycle.events
+    def _repr_markdown_(self): return self.cycle._repr_markdown_()
     def attach(self, model, optimizer, scheduler=None): self.cycle.attach(model, optimizer, scheduler)
     def state_dict(self): return self.cycle.state_dict()
     def load_state_dict(self, d): self.cycle.load_state_dict(d); self.loaded = True
