@@ -106,6 +106,9 @@ _RECORD = 'sentinel_gates.json'
 def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
     if not is_adaptive(m): raise TypeError(f'{type(m).__name__} has no gates; call adapt(model) before training')
+    if m.sentinel_config.mode != 'static' and not sentinel_parameters(m): raise ValueError(
+        f"gates are {m.sentinel_config.mode}, but none is trainable: an adapter freezes all that isn't its own. Call requires_grad_() on the model's "
+        "parameters whose names end in log_alpha, lambda1, lambda2 or sentinel.gate")
     self.close_step = max(1, round(self.learn*state.max_steps))
     given = args.resume_from_checkpoint
     old = (Path(given) if isinstance(given, str) else Path(args.output_dir)/f'checkpoint-{state.global_step}')/_RECORD

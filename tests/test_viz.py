@@ -9,6 +9,7 @@ from sentinel_ai.attention import attention_maps
 from sentinel_ai.controller import ThresholdController
 from sentinel_ai.data import lm_dataset
 from sentinel_ai.gates import GateConfig
+from sentinel_ai.growth import grow
 from sentinel_ai.heads import random_model
 from sentinel_ai.measure import measure
 from sentinel_ai.memory import HeadMemory
@@ -95,6 +96,16 @@ def test_maps_hold_the_entropy_that_is_measured(arch):
     masked, cut = attention_maps(m, ids), attention_maps(c, ids)
     assert list(masked) == list(cut) == [k for k in maps if k != (site.layer, 0)]
     for k in cut: torch.testing.assert_close(masked[k], cut[k], atol=1e-5, rtol=0)
+
+
+def test_grown_heads_are_measured_in_their_own_places():
+    "Under SDPA heads that read keys of earlier ones are computed in another order; what is measured must not be."
+    m, ids = load_adaptive_model('tiny-llama'), torch.randint(5, 90, (1, 16), generator=torch.Generator().manual_seed(0))
+    grow(m, heads={1: 3}, scores=torch.rand(4, 8, generator=torch.Generator().manual_seed(0)))
+    maps, stats = attention_maps(m, ids), measure(m, ids, 'entropy', progress=False)
+    m.set_attn_implementation('eager')
+    for k, p in attention_maps(m, ids).items(): torch.testing.assert_close(maps[k], p, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stats.entropy, measure(m, ids, 'entropy', progress=False).entropy, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def test_main_types_have_a_rich_display():
