@@ -1,4 +1,4 @@
-"""Open a rendered site in headless Chromium, all pages in one browser: python .ci/browse.py [FOLDER] [--offline] [--need] [--shots DIR [page.html …]]
+"""Open a rendered site in headless Chromium, all pages in one browser: python .ci/browse.py [--offline] [--need] [FOLDER] [--shots DIR page.html …]
 
 FOLDER is _proc/_preview unless given (`_proc/_docs` for Quarto's). At 390 and 1280 pixels each page has: a title and one h1, no console
 errors, no failed requests, no broken picture, no sideways scrolling of the page, and links whose pages and anchors exist. The network is
@@ -174,7 +174,8 @@ def main():
     ap.add_argument('pages', nargs='*')
     for f in ('--offline', '--need'): ap.add_argument(f, action='store_true')
     ap.add_argument('--shots', type=Path)
-    o = ap.parse_args()
+    o = ap.parse_intermixed_args()
+    if not o.folder.is_dir(): sys.exit(f'{o.folder} is not a folder; give that of the rendered site first, then pages')
     pages = o.pages or [p.relative_to(o.folder).as_posix() for p in sorted(o.folder.rglob('*.html'))]
     pages = [f for f in pages if not f.startswith(('_', 'site_libs/')) and '_files/' not in f]
     if not pages: sys.exit(f'no page in {o.folder}')
