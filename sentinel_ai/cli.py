@@ -486,7 +486,7 @@ def run_dir(
 def _write(path, text):
     with whole(path) as p: p.write_text(text, encoding='utf-8')
 
-# %% ../nbs/12_cli.ipynb #c0060
+# %% ../nbs/12_cli.ipynb #c0059
 def result_rows(
     res:TrainResult, # What `train_gates` gave
 ) -> list: # Rows of cells, the first one the header
@@ -504,7 +504,7 @@ def md_table(rows) -> str: # Markdown
     line = lambda r: '| ' + ' | '.join(r) + ' |'
     return '\n'.join([line(rows[0]), line(['---', *['---:']*(len(rows[0]) - 1)]), *map(line, rows[1:])])
 
-# %% ../nbs/12_cli.ipynb #c0061
+# %% ../nbs/12_cli.ipynb #c0060
 def _closing_step(run, res):
     "The step at which heads were closed; None if none were"
     if not run.sparsity: return None
@@ -516,7 +516,7 @@ def versions() -> dict: # Name to version
     return dict(sentinel_ai=__version__, torch=torch.__version__, transformers=transformers.__version__, datasets=datasets.__version__,
                 python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', threads=torch.get_num_threads())
 
-# %% ../nbs/12_cli.ipynb #c0062
+# %% ../nbs/12_cli.ipynb #c0061
 def _story(o, run, res, data):
     "What was done, in sentences"
     n, block = len(data['validation']), len(data['validation'][0]['input_ids'])
@@ -545,7 +545,7 @@ def report(
         f'```python\n{use}\n```',
         '## Versions', md_table([('', ''), *((k, str(v)) for k, v in versions().items())])]) + '\n'
 
-# %% ../nbs/12_cli.ipynb #c0063
+# %% ../nbs/12_cli.ipynb #c0062
 def save_run(
     folder:Path, # Of the run
     o:RunOptions, run:GateRun, args:TrainingArguments, res:TrainResult, data, tokenizer, # All that there is to tell
@@ -566,7 +566,7 @@ def save_run(
     html_report(folder)
     _write(folder/'report.md', report(o, run, res, data, command, folder))
 
-# %% ../nbs/12_cli.ipynb #c0065
+# %% ../nbs/12_cli.ipynb #c0064
 def _first(data, split, n): data[split] = data[split].select(range(min(n, len(data[split]))))
 
 def _prepare(o, run, args):
@@ -586,7 +586,7 @@ def _prepare(o, run, args):
     args.output_dir = str(folder)
     return model, tok, data, folder
 
-# %% ../nbs/12_cli.ipynb #c0066
+# %% ../nbs/12_cli.ipynb #c0065
 class _Gates(GateRun): _argument_group_name = 'gates'     # its place in --help
 
 @interruptible

@@ -271,7 +271,7 @@ pipeline_tag: text-generation
 ---
 # {Path(name).name}, {plan.removed} of {int(plan.exists.sum())} attention heads {'removed' if hasattr(m, 'sentinel_plan') else 'closed'}
 
-{n:,} parameters, {sum(plan.heads())} attention heads with {sum(plan.kv_heads())} key/value heads ({plan.share:.0%} of the heads left). Read it with
+{n:,} parameters, {sum(plan.heads())} attention heads with {sum(plan.kv_heads())} key/value heads ({plan.share:.0%} of the heads removed). Read it with
 
 ```python
 import sentinel_ai
