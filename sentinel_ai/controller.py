@@ -264,7 +264,7 @@ def decide(self:ThresholdController,
 # %% ../nbs/06_controller.ipynb #c0031
 @patch_to(ThresholdController, cls_method=True)
 def published(cls,
-    lr:float=1e-4, # Learning rate of the run
+    lr:float=1e-4, # Scales the steps: 1 as they are, or a learning rate
     **rules, # `schedule`, `min_heads`, `protect`, `hysteresis`, `exchange`
 ) -> ThresholdController:
     "The published constants: entropy above 1.5 nats −0.1·lr, gradient below 1e-3 −0.05·lr, L1 weight 1e-4, logits from 3.0."
