@@ -585,7 +585,7 @@ def plot(self:Contributions,
     ax.figure.colorbar(im, ax=ax, label='adds to the logit')
     return ax
 
-# %% ../nbs/06_controller.ipynb #c0065
+# %% ../nbs/06_controller.ipynb #c0066
 class ReinforceController(ANNController):
     "The same network, trained by policy gradient on −Δloss − price·cost."
     def __init__(self,
@@ -612,7 +612,7 @@ class ReinforceController(ANNController):
         "−(after − before) − price · share of open heads."
         return -(after - before) - self.price*(1 - plan.share)
 
-# %% ../nbs/06_controller.ipynb #c0066
+# %% ../nbs/06_controller.ipynb #c0067
 @patch
 def log_prob(self:ReinforceController) -> Float[Tensor, '']:
     "log π of the last plan: heads are drawn independently."
