@@ -70,11 +70,11 @@ def plot_attention(
     if not there: raise ValueError(f'none of the models has a map of {heads or "any head"}; call attention_maps(model, ids, heads)')
     t, names, n, k = len(there[0]), list(tokens or []) if len(tokens or []) <= 24 else [], len(heads), len(maps)
     if names and len(names) != t: raise ValueError(f'{len(names)} tokens were given for maps of {t}')
-    ax = _area(ax, (.9 + 1.5*n, .3 + 1.5*k))
+    ax, im = _area(ax, (.9 + 1.5*n, .3 + 1.5*k)), None
     for j, (title, m) in enumerate(maps.items()):
         for i, h in enumerate(heads):
             a = ax.inset_axes([i/n, 1 - (j + 1)/k, .9/n, .9/k])
-            im = _map(a, m.get(h), t) or locals().get('im')
+            im = _map(a, m.get(h), t) or im
             a.set_xticks(range(t) if names and j == k - 1 else [], names if j == k - 1 else [], rotation=90, fontsize=6)
             a.set_yticks(range(t) if names and not i else [], names if not i else [], fontsize=6)
             if not j: a.set_title(f'layer {h[0]}, head {h[1]}', fontsize=8)
