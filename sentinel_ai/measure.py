@@ -535,7 +535,8 @@ def score(
 ) -> Float[Tensor, 'l h']: # Higher is worth more; NaN where a head doesn't exist
     "How much each head is worth. Raises `ValueError` for an unknown criterion, `KeyError` when what it needs wasn't measured."
     if callable(criterion): return _checked(torch.as_tensor(criterion(stats)).float(), stats)
-    if criterion not in CRITERIA: raise ValueError(f'criterion {criterion!r} is not one of {sorted(CRITERIA)}, nor a function of HeadStats')
+    if criterion not in CRITERIA: raise ValueError(f'criterion {criterion!r} is not one of {sorted(CRITERIA)}, nor a function of HeadStats' +
+        ("; 'joint' weighs pairs of heads and is no table: 'repaired' is the one without pairs" if criterion == 'joint' else ''))
     name, sign = CRITERIA[criterion]
     if name is None:
         exists = next(iter(stats.tables.values()))

@@ -50,14 +50,14 @@ def _of_folder(d):
     if run.get('sparsity') and r.steps: r.closed = 0 if run['criterion'] == 'random' else max(1, round(run['learn']*r.steps[-1]))
     return r
 
-# %% ../nbs/11b_report.ipynb #c0011
+# %% ../nbs/11b_report.ipynb #c0010
 def _of_result(res):
     ends = [dict(phase=k, **getattr(res, k)) for k in ('before', 'closed', 'after')]
     return _Run(_name(res.model), ends, res.log, res.steps, res.gates, settings=dict(run=dict(seconds=round(res.seconds, 1))))
 
 def _name(model): return Path(getattr(model.config, 'name_or_path', '') or model.config.model_type).name
 
-# %% ../nbs/11b_report.ipynb #c0013
+# %% ../nbs/11b_report.ipynb #c0012
 def _of_cycle(cycle, trainer):
     r = _Run('A plasticity cycle', events=list(cycle.events), log=[] if trainer is None else trainer.state.log_history)
     r.settings = dict(cycle=dict(controller=type(cycle.controller).__name__, every=cycle.every, prune=cycle.prune, regrow=cycle.regrow,
@@ -67,7 +67,7 @@ def _of_cycle(cycle, trainer):
     r.stages = {f'step {s}': _replayed(now, r.events, s) for s in [0] + [e['step'] for e in r.events][-11:]} if r.events else {'now': now}
     return r
 
-# %% ../nbs/11b_report.ipynb #c0014
+# %% ../nbs/11b_report.ipynb #c0013
 def _replayed(now, events, step):
     "Which heads were open after the decision at a step, told backwards from the heads that are open now"
     g = torch.where(now.isnan(), 0., now)
@@ -77,7 +77,7 @@ def _replayed(now, events, step):
         for l, h in e['closed']: g[l, h] = 1.
     return g.ceil() if step != events[-1]['step'] else g
 
-# %% ../nbs/11b_report.ipynb #c0017
+# %% ../nbs/11b_report.ipynb #c0016
 def _svg(ax, alt):
     "A picture as text that can stand in a page"
     for a in ax.figure.findobj(QuadMesh): a.set_rasterized(a.get_array().size > 200)                # many small paths are large, and their seams show
@@ -88,13 +88,13 @@ def _svg(ax, alt):
     svg = out.getvalue()
     return f'<figure role="img" aria-label="{html.escape(alt)}">{svg[svg.index("<svg"):]}<figcaption>{html.escape(alt)}</figcaption></figure>'
 
-# %% ../nbs/11b_report.ipynb #c0019
+# %% ../nbs/11b_report.ipynb #c0018
 def _rows(head, rows):
     cell = lambda t, x: f'<{t}>{html.escape(str(x))}</{t}>'
     line = lambda r, t: f'<tr>{"".join(cell(t, x) for x in r)}</tr>'
     return f'<div class="wide"><table>{line(head, "th") if head else ""}{"".join(line(r, "td") for r in rows)}</table></div>'
 
-# %% ../nbs/11b_report.ipynb #c0021
+# %% ../nbs/11b_report.ipynb #c0020
 def _pictures(r, stats):
     size = lambda w, h: plt.subplots(figsize=(w, h), dpi=80)[1]
     if r.gates is not None:
@@ -122,7 +122,7 @@ def _tables(r):
         (e['step'], len(e['closed']), len(e['opened']), heads(e), number(e.get('target')), number(e.get('perplexity')), 'yes' if e.get('compacted') else '')
         for e in r.events])
 
-# %% ../nbs/11b_report.ipynb #c0022
+# %% ../nbs/11b_report.ipynb #c0021
 _STYLE = '''
 :root{color-scheme:light dark;--paper:#fff;--ink:#1a1a1a;--faint:#6b6b6b;--line:#d9d9d9;--card:#fff}
 @media (prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e6e6e6;--faint:#a0a4a8;--line:#363b41;--card:#e4e7ea}}
@@ -150,6 +150,8 @@ def report(
 ) -> Path: # The file
     "Write a run as one HTML file that needs no other: tables, pictures, settings. Raises `TypeError` for what isn't a run."
     folder = Path(run) if isinstance(run, (str, os.PathLike)) else None
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f'{path}: its folder does not exist; make it, or give another path')
     if folder is not None: r = _of_folder(folder)
     elif isinstance(run, TrainResult): r = _of_result(run)
     elif isinstance(run, (AdaptiveCallback, Plasticity)): r = _of_cycle(getattr(run, 'cycle', run), getattr(run, 'trainer', None))
@@ -168,7 +170,7 @@ def report(
     os.replace(tmp, path)
     return path
 
-# %% ../nbs/11b_report.ipynb #c0032
+# %% ../nbs/11b_report.ipynb #c0031
 class Dashboard(TrainerCallback):
     "Gates and entropies as images, in TensorBoard or wherever `send` takes them."
     def __init__(self,
