@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
 from .gates import adapt, is_adaptive, is_merged
+from .state import state_of, transaction
 from .surgery import HeadPlan, original_heads
 
 # %% ../nbs/05_agency.ipynb #c0009
@@ -249,7 +250,7 @@ def sync(self:Agency):
     if self.model is None: raise RuntimeError('this agency is not attached; attach(model) first')
     _usable(self.model)
     table = self.factors
-    for s in self.model.sentinel_map:
+    for s in self.model.sentinel.now:
         sent = s.attn.sentinel
         new = table[s.layer, original_heads(self.model, s.layer)].to(device=sent.gate.device, dtype=sent.gate.dtype)
         old = sent.factor
@@ -261,20 +262,34 @@ def sync(self:Agency):
 def attach(self:Agency,
     model:nn.Module, # Any decoder; it is adapted if it isn't yet
 ) -> nn.Module: # The same object
-    "Put this agency in charge of a model's heads; it is at `model.sentinel_agency`. Everything is checked before anything is changed."
+    "Put this agency in charge of a model's heads; it is at `model.sentinel.agency`. Everything is checked before anything is changed."
     m = base_model(model)
-    other = m.__dict__.get('sentinel_agency')
+    other = state.agency if (state := state_of(m)) is not None else None
     if other is not None and other is not self: raise RuntimeError('another agency is attached to this model; detach() that one first')
     if self.model is not None and self.model is not m: raise RuntimeError('this agency is attached to another model; detach() it first')
     if is_adaptive(m): _usable(m)
     exists = HeadPlan.from_gates(m).exists if is_adaptive(m) else ~head_map(m).table().isnan()
     if self.exists is not None and not torch.equal(self.exists, exists): raise ValueError(
         f'this agency is about layers of {self.exists.sum(1).tolist()} heads, the model has {exists.sum(1).tolist()}; make a new Agency')
-    adapt(m)
-    if self.exists is None: self._start(exists)
-    self.model, m.__dict__['sentinel_agency'] = m, self
-    self.sync()
+    with transaction(m):
+        adapt(m)
+        if self.exists is None: self._start(exists)
+        self.model, m.sentinel.agency = m, self
+        self.sync()
     return model
+
+# %% ../nbs/05_agency.ipynb #c0074
+@patch
+def snapshot(self:Agency):
+    "What `rollback` needs. Tables are never written in place, so references are enough."
+    return dict(vars(self)), list(self.events)
+
+@patch
+def rollback(self:Agency, held):
+    "Go back to what `snapshot` saw; lines of a log file stay."
+    fields, events = held
+    vars(self).update(fields)
+    self.events[:] = events
 
 # %% ../nbs/05_agency.ipynb #c0029
 @patch
@@ -283,8 +298,8 @@ def detach(self:Agency) -> nn.Module: # The model
     m = self.model
     if m is None: raise RuntimeError('this agency is not attached to a model')
     if is_adaptive(m):
-        for s in m.sentinel_map: s.attn.sentinel.factor = None
-    m.__dict__.pop('sentinel_agency', None)
+        for s in m.sentinel.now: s.attn.sentinel.factor = None
+    if (state := state_of(m)) is not None: state.agency = None
     self.model = None
     return m
 
@@ -298,7 +313,7 @@ def bake(self:Agency) -> nn.Module: # The model
     turned = (t['state'] > A) & t['consent']
     events = [_event(self.step, 'agency', x, int(t['state'][tuple(x)]), A, 'factor baked into the gate', 'state') for x in turned.nonzero().tolist()]
     self._record(events)
-    for s in self.model.sentinel_map:
+    for s in self.model.sentinel.now:
         g, c = s.attn.sentinel.gate, s.attn.sentinel.config
         g.copy_((g.clamp(0, 1) if c.mode == 'learned' else g) * s.attn.sentinel.factor)
     m, self.tables = self.detach(), t | dict(state=t['state'].masked_fill(turned, A))

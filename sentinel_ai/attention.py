@@ -15,7 +15,7 @@ from torch import nn
 from .heads import base_model, head_map
 from .gates import gate_values, is_adaptive
 from .measure import measuring, _Watch, _biased
-from .surgery import original_heads, _plan_of
+from .surgery import original_heads
 from .viz import COLORS, _area, _bar
 
 # %% ../nbs/11a_attention.ipynb #c0005
@@ -38,7 +38,7 @@ def attention_maps(
 ) -> dict: # `{(layer, head): Float[Tensor, 't t']}` on the CPU; without the heads that are gone
     "What each head attends to in one text: probabilities, a row for each query."
     m = base_model(model)
-    hm, ids, maps = getattr(m, 'sentinel_map', None) or head_map(m), torch.as_tensor(ids, device=m.device).view(1, -1), {}
+    hm, ids, maps = head_map(m), torch.as_tensor(ids, device=m.device).view(1, -1), {}
     if not 1 <= ids.shape[1] <= 2048: raise ValueError(f'{ids.shape[1]} tokens; a map of every pair of tokens is for 1 to 2048 of them')
     for l, h in heads or (): _check_head(m, hm, l, h)
     if hasattr(m, '_sync'): m._sync()
@@ -53,7 +53,7 @@ def attention_maps(
     return maps
 
 def _check_head(m, hm, l, h):
-    n = _plan_of(m).exists.sum(1).tolist() if is_adaptive(m) else [0 if s is None else s.n_heads for s in hm.sites]
+    n = m.sentinel.plan.exists.sum(1).tolist() if is_adaptive(m) else [0 if s is None else s.n_heads for s in hm.sites]
     if not (0 <= l < len(n) and 0 <= h < n[l]): raise IndexError(f'layer {l} head {h} does not exist; this model has {n} heads by layer')
 
 # %% ../nbs/11a_attention.ipynb #c0012

@@ -11,15 +11,17 @@ __all__ = ['MARKER', 'STATE', 'FORMAT', 'INNER', 'split_state', 'join_state', 'u
 # %% ../nbs/09_checkpoint.ipynb #c0002
 import contextlib, hashlib, json, os, random, shutil, torch
 import numpy as np
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from torch import nn, Tensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from .heads import base_model, core_linear, head_map, out_features
+from .heads import base_model, core_linear, out_features
 from .gates import GateConfig, adapt, is_adaptive, is_merged, set_gates, _base_class
-from .surgery import HeadPlan, _apply, _forget, _plain, _plan_of
+from .plan import HeadPlan
+from .state import built_heads, is_compact, state_of, transaction, will_write
+from .surgery import _apply, _plain
 from .saving import _HEADS, _extra_biases, _recall
 from .unet import add_skips, remove_skips
 from .memory import HeadMemory
@@ -123,7 +125,7 @@ def sync_optimizer(
         for p in [p for p in g['params'] if id(p) not in ids]: opt.state.pop(p, None)
         g['params'] = [p for p in g['params'] if id(p) in ids]
     beside = lambda n: params.get(n.rpartition('.')[0] + '.weight')
-    made = [n for n, (old, _) in m.__dict__.get('sentinel_repairs', {}).items() if old is None and n in params]
+    made = [n for n, (old, _) in m.sentinel.repairs.changed.items() if old is None and n in params]
     new = [n for n in made if params[n].requires_grad and id(params[n]) not in held and id(beside(n)) in held]
     for n in new: _join(opt, params[n], beside(n), scheduler)
     return new
@@ -280,15 +282,15 @@ def model_state(
     if hasattr(m, 'sentinel_skips'): res['skips'] = m.sentinel_skips.config()
     if not is_adaptive(m): return res
     if is_merged(m): raise RuntimeError('the gates are merged into the weights; call unmerge_gates(model) before a checkpoint is written')
-    removed = {n: r['state'] for n, r in m.__dict__.get('sentinel_removed', {}).items() if r.get('state')}
-    agency = m.__dict__.get('sentinel_agency')
-    return res | dict(plan=_plan_of(m).to_dict(), compact=hasattr(m, 'sentinel_plan'), gates=asdict(m.sentinel_config), biases=_extra_biases(m),
-                      info=m.__dict__.get('sentinel_info'), moments=removed,
+    removed = {n: r['state'] for n, r in m.sentinel.stash.items() if r.get('state')}
+    agency = m.sentinel.agency
+    return res | dict(plan=m.sentinel.plan.to_dict(), compact=m.sentinel.compact, gates=asdict(m.sentinel.config), biases=_extra_biases(m),
+                      info=m.sentinel.plan.info or None, moments=removed,
                       agency=None if agency is None else agency.to_dict(len(agency.events)))
 
 def _full_shapes(m):
     "Shapes that the parameters have in the model of original size."
-    recs = m.__dict__.get('sentinel_removed', {})
+    recs = {} if (state := state_of(m)) is None else state.stash
     full = lambda n, s: [recs[n]['size'] if n in recs and d == recs[n]['dim'] else k for d, k in enumerate(s)]
     return {n: full(n, p.shape) for n, p in m.named_parameters() if '.sentinel.' not in n and not n.startswith('sentinel_')}
 
@@ -305,7 +307,7 @@ def check_shape(
         if n.rpartition('.')[0] in odd and n.endswith('.bias'): continue
         if mine.get(n) != saved['shapes'].get(n): raise ValueError(
             f"{n} has shape {saved['shapes'].get(n)} in the checkpoint, {mine.get(n)} in this model; build it from the config it was trained with")
-    origin = getattr(m, 'sentinel_origin', None) or getattr(m, 'sentinel_map', None) or head_map(m)
+    origin = built_heads(m)
     if saved['adaptive']: HeadPlan.from_dict(saved['plan']).check(origin)
     if not _same_heads(m, saved):
         for s in origin:
@@ -313,17 +315,15 @@ def check_shape(
 
 def _same_heads(m, saved):
     "Does the model hold the very heads that were saved?"
-    if hasattr(m, 'sentinel_plan') != saved.get('compact', False): return False
+    if is_compact(m) != saved.get('compact', False): return False
     if not saved.get('compact'): return True
     plan = HeadPlan.from_dict(saved['plan'])
-    return torch.equal(plan.keep, m.sentinel_plan.keep) and plan.columns == m.sentinel_plan.columns
+    return torch.equal(plan.keep, m.sentinel.plan.keep) and plan.columns == m.sentinel.plan.columns
 
 # %% ../nbs/09_checkpoint.ipynb #c0032
 def _to_original(m, optimizer):
     "All heads back in their places, whatever is in them."
-    if not hasattr(m, 'sentinel_plan'): return
-    _apply(m, replace(m.sentinel_plan, keep=m.sentinel_plan.exists.clone(), columns=[]), optimizer)
-    _forget(m)
+    if is_compact(m): _apply(m, m.sentinel.plan.everything(), optimizer)
 
 def _set_biases(m, want):
     "Output projections get the bias that a repair gave them, or lose it."
@@ -345,7 +345,10 @@ def reshape(
 ):
     "Bring a model to the saved shape; its weights are loaded afterwards."
     m, same = base_model(model), _same_heads(base_model(model), saved)
-    for a in ('sentinel_repairs', 'sentinel_predictors', 'sentinel_info', 'sentinel_agency', 'sentinel_memory'): m.__dict__.pop(a, None)
+    if (state := state_of(m)) is not None:
+        state.repairs.clear()
+        state.plan.info.clear()
+        state.agency = state.memory = None
     if not same: _to_original(m, optimizer)
     _set_biases(m, saved.get('biases', ()))
     _set_skips(m, saved['skips'])
@@ -354,8 +357,8 @@ def reshape(
         return
     adapt(m, GateConfig(**saved['gates']))
     if saved['compact'] and not same: _apply(m, HeadPlan.from_dict(saved['plan']), optimizer)
-    for n, r in m.__dict__.get('sentinel_removed', {}).items(): r.update(parts=[], state=saved['moments'].get(n, {}))
-    if saved['info'] is not None: m.sentinel_info = saved['info']
+    for n, r in m.sentinel.stash.items(): r.update(parts=[], state=saved['moments'].get(n, {}))
+    if saved['info'] is not None: m.sentinel.plan.info = dict(saved['info'])
 
 # %% ../nbs/09_checkpoint.ipynb #c0033
 def _files(path):
@@ -377,6 +380,7 @@ def load_weights(
                 t = st.get_tensor(k)
                 if t.shape != own[k].shape or t.dtype != own[k].dtype: raise ValueError(
                     f'{k} is {t.dtype} {tuple(t.shape)} in the checkpoint, {own[k].dtype} {tuple(own[k].shape)} in this model')
+                will_write(own[k])
                 own[k].copy_(t); seen.add(own[k].data_ptr())
     lost = [k for k, t in own.items() if t.data_ptr() not in seen and t.numel()]
     if any('.sentinel.' in k for k in lost): set_gates(m, 1.); lost = [k for k in lost if '.sentinel.' not in k]     # a plain model: all open
@@ -385,6 +389,7 @@ def load_weights(
 def _load_converted(m, path):
     "Where transformers saves weights under other names than the model's, let it read them."
     twin = AutoModelForCausalLM.from_pretrained(path, dtype=m.dtype)
+    will_write(*m.state_dict().values())
     m.load_state_dict(adapt(twin).state_dict() if is_adaptive(m) else twin.state_dict())
 
 # %% ../nbs/09_checkpoint.ipynb #c0034
@@ -401,13 +406,15 @@ def restore(
 def _restore(model, path, saved, optimizer=None):
     check_shape(model, saved)
     m = base_model(model)
-    folder, log = (getattr(m.__dict__.get(f'sentinel_{a}'), k, None) for a, k in (('memory', 'folder'), ('agency', 'log')))
-    reshape(m, saved, optimizer)
+    state = state_of(m)
+    folder, log = (None, None) if state is None else (getattr(state.memory, 'folder', None), getattr(state.agency, 'log', None))
     files = Path(path)/INNER if (Path(path)/INNER).is_dir() else path
-    load_weights(m, files)
-    if saved['adaptive']: _recall(m, files, {})
-    if folder is not None and (Path(files)/_HEADS).exists(): HeadMemory.load(Path(files)/_HEADS, folder).attach(m)
-    if saved.get('agency') is not None: Agency.from_dict(saved['agency'], log).attach(m)
+    with transaction(m, optimizer):
+        reshape(m, saved, optimizer)
+        load_weights(m, files)
+        if saved['adaptive']: _recall(m, files, {})
+        if folder is not None and (Path(files)/_HEADS).exists(): HeadMemory.load(Path(files)/_HEADS, folder).attach(m)
+        if saved.get('agency') is not None: Agency.from_dict(saved['agency'], log).attach(m)
     return model
 
 # %% ../nbs/09_checkpoint.ipynb #c0036
@@ -457,13 +464,15 @@ def load_checkpoint(
     for name, x in (('optimizer', optimizer), ('scheduler', scheduler)):
         if x is not None and s[name] is None: raise ValueError(f'{path} was saved without a {name}; save_checkpoint(path, model, {name}=...) keeps it')
     if optimizer is not None: check_kind(optimizer, s['optimizer'])
-    _restore(model, path, s['model'])
-    if optimizer is not None: load_optimizer_state(optimizer, model, s['optimizer'])
-    if scheduler is not None:
-        if optimizer is not None: extend_scheduler(scheduler, optimizer)
-        scheduler.load_state_dict(s['scheduler'])
-    for k, p in parts.items(): p.load_state_dict(s['parts'][k])
-    if rng: load_rng_state(s['rng'])
+    with transaction(model, None if optimizer is None else unwrapped(optimizer)) as tx:
+        tx.hold(*parts.values(), *([] if scheduler is None else [getattr(scheduler, 'scheduler', scheduler)]))
+        _restore(model, path, s['model'])
+        if optimizer is not None: load_optimizer_state(optimizer, model, s['optimizer'])
+        if scheduler is not None:
+            if optimizer is not None: extend_scheduler(scheduler, optimizer)
+            scheduler.load_state_dict(s['scheduler'])
+        for k, p in parts.items(): p.load_state_dict(s['parts'][k])
+        if rng: load_rng_state(s['rng'])
     return dict(head_lr_multipliers=s['head_lr_multipliers'], epoch=s['epoch'], step=s['step'], data=s['data'], **s['parts'])
 
 # %% ../nbs/09_checkpoint.ipynb #c0038
@@ -477,6 +486,8 @@ def _load_pth(path, model, optimizer):
     odd = [k for k in weights if k not in own] + [k for k in own if k not in weights and '.sentinel.' not in k]
     odd += [k for k, t in weights.items() if k in own and t.shape != own[k].shape]
     if odd: raise ValueError(f'{path}: {len(odd)} weights do not fit this {type(base_model(model)).__name__}, the first: {odd[0]}')
-    base_model(model).load_state_dict(weights, strict=False)
-    if optimizer is not None and opt is not None: optimizer.load_state_dict(opt)
+    with transaction(model, None if optimizer is None else unwrapped(optimizer)):
+        will_write(*own.values())
+        base_model(model).load_state_dict(weights, strict=False)
+        if optimizer is not None and opt is not None: optimizer.load_state_dict(opt)
     return {k: d.get(k) for k in ('head_lr_multipliers', 'epoch', 'step')}

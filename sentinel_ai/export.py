@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import nn, Tensor
 from jaxtyping import Float, Int
 from .heads import _HEADS, _KV, _first, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
-from .gates import _base_class, is_adaptive
+from .state import is_compact, state_of
+from .gates import _base_class
 from .pruning import _FLAGS
 from .loaders import load_tokenizer
 
@@ -68,7 +69,7 @@ def kept_heads(
     "The heads that are not closed. Raises `ValueError` for weights that can't be written as they are."
     m = base_model(model)
     _check_plain(m)
-    hm, plan = m.sentinel_map if is_adaptive(m) else head_map(m), getattr(m, 'sentinel_plan', None)
+    hm, plan = head_map(m), (state_of(m).plan if is_compact(m) else None)
     had = lambda l: hm.sites[l] is not None or plan is not None and bool(plan.exists[l].any())
     return [_kept(l, s) for l, s in enumerate(hm.sites) if had(l)]
 

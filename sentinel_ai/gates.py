@@ -16,6 +16,7 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .heads import UNITS, AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
+from .state import start_state, state_of, transaction, will_write
 
 # %% ../nbs/01_gates.ipynb #c0008
 @dataclass
@@ -131,7 +132,7 @@ class AdaptiveMixin:
     "What an adapted model can do besides everything its own class can."
     def _sync(self):
         "Move a hook whose projection was wrapped or replaced (LoRA), and refuse gates that were changed while merged."
-        for site in self.sentinel_map:
+        for site in self.sentinel.now:
             s = site.attn.sentinel
             if site.stay == 'qkv' and hasattr(site.inner, 'sentinel_wiring'): site.inner.sentinel_wiring.sync(site.out)
             if s.tap is not None:
@@ -183,17 +184,20 @@ def adapt(
 ) -> nn.Module: # The same object
     "Give each attention head a gate, in place. Adapting again keeps the gates' values and takes the new config, if one is given."
     m = base_model(model)
-    old = is_adaptive(m)
-    if old and (config is None or config == m.sentinel_config): return model
+    state, old = state_of(m), is_adaptive(m)
+    if old and (config is None or config == state.config): return model
     if old and is_merged(m): raise RuntimeError('the gates are merged; call unmerge_gates(model) first')
-    hm, config = (m.sentinel_map if old else head_map(m)), config or GateConfig()
+    hm, config = head_map(m), config or GateConfig()
     taken = None if old else next((s.path for s in hm if hasattr(s.attn, 'sentinel')), None)
-    if taken: raise RuntimeError(f'{taken} already has a sentinel although the model is {type(m).__name__}; unadapt the model that owns it first')
-    for site in hm: _place(site, config, old)
-    if old and hasattr(m, 'sentinel_budget'): del m.sentinel_budget
-    if config.sparsity is not None: m.sentinel_budget = Budget(next(iter(hm)).attn.sentinel.gate.device)
-    m.sentinel_map, m.sentinel_config = hm, config
-    m.__class__ = adaptive_class(_base_class(m))
+    if taken: raise RuntimeError(
+        f'{taken} already has a sentinel although the model is {type(m).__name__}; unadapt the model that owns it first')
+    with transaction(m):
+        for site in hm: _place(site, config, old)
+        if old and hasattr(m, 'sentinel_budget'): del m.sentinel_budget
+        if config.sparsity is not None: m.sentinel_budget = Budget(next(iter(hm)).attn.sentinel.gate.device)
+        if state is None: start_state(m, config, hm)
+        else: state.config = config
+        m.__class__ = adaptive_class(_base_class(m))
     return model
 
 # %% ../nbs/01_gates.ipynb #c0032
@@ -201,7 +205,7 @@ def is_adaptive(model:nn.Module) -> bool: "Has `model` been adapted?"; return is
 
 def is_merged(model:nn.Module) -> bool:
     "Are the gates folded into the weights?"
-    return any(s.attn.sentinel.folded is not None for s in _need_adaptive(model).sentinel_map)
+    return any(s.attn.sentinel.folded is not None for s in _need_adaptive(model).sentinel.now)
 
 # %% ../nbs/01_gates.ipynb #c0033
 def _place(site, config, old):
@@ -225,15 +229,18 @@ def unadapt(
 ) -> nn.Module: # The same object, of its own class again
     "Take all gates off. Without `bake` the weights are what they were before, bit for bit (merged gates are unfolded). What is compact stays so."
     m = _need_adaptive(model)
-    if (agency := m.__dict__.get('sentinel_agency')) is not None: agency.bake() if bake else agency.detach()
-    if bake: merge_gates(model)
-    elif is_merged(m): unmerge_gates(model)
-    for site in m.sentinel_map:
-        _detach(site.attn.sentinel)
-        del site.attn.sentinel
-    if hasattr(m, 'sentinel_budget'): del m.sentinel_budget
-    m.__class__ = _base_class(m)
-    del m.sentinel_map, m.sentinel_config
+    state = m.sentinel
+    with transaction(m):
+        if state.agency is not None: state.agency.bake() if bake else state.agency.detach()
+        if bake: merge_gates(m)
+        elif is_merged(m): unmerge_gates(m)
+        for site in state.now:
+            _detach(site.attn.sentinel)
+            del site.attn.sentinel
+        if hasattr(m, 'sentinel_budget'): del m.sentinel_budget
+        m.__class__ = _base_class(m)
+        state.config = state.memory = None
+        if not state.altered: del m.sentinel
     return model
 
 # %% ../nbs/01_gates.ipynb #c0036
@@ -269,7 +276,7 @@ class Block(dict):
 
 class Blocks(Sequence):
     "The layers of an adapted model, by number."
-    def __init__(self, model): self.map = model.sentinel_map
+    def __init__(self, model): self.map = model.sentinel.now
     def __len__(self): return len(self.map)
     def __getitem__(self, l:int) -> Block:
         if not -len(self) <= l < len(self): raise IndexError(f'layer {l}: this model has layers 0 to {len(self)-1}')
@@ -291,7 +298,7 @@ def gate_values(
     effective:bool=False, # Multiplied by the factors of an `Agency`, where there is one: what really scales a head
 ) -> Float[Tensor, 'l h']: # On the CPU, NaN where a head doesn't exist
     "All gates, without noise."
-    hm = _need_adaptive(model).sentinel_map
+    hm = _need_adaptive(model).sentinel.now
     t = torch.full(hm.shape, math.nan)
     for s in hm:
         g, a = s.attn.sentinel(sample=False), s.attn.sentinel.factor if effective else None
@@ -305,7 +312,7 @@ def set_gates(
     values, # A number for all, a `[l, h]` table (NaN leaves a gate as it is), or `{(layer, head): value}`
 ) -> nn.Module: # The same model
     "Set gates. Every value is checked before any is set; a layer, head or value that doesn't exist raises and changes nothing."
-    hm = _need_adaptive(model).sentinel_map
+    hm = _need_adaptive(model).sentinel.now
     new = torch.full(hm.shape, math.nan)
     if isinstance(values, dict):
         for (l, h), v in values.items():
@@ -317,9 +324,11 @@ def set_gates(
             raise ValueError(f'a table of shape {tuple(t.shape)} was given; this model needs {tuple(hm.shape)} (layers, heads)')
         _check_gates(t[~t.isnan()], 'gates')
         new = t.expand(hm.shape)
-    for s in hm:
-        g, v = s.attn.sentinel.gate, new[s.layer, :s.n_heads]
-        g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
+    with transaction(model):
+        for s in hm:
+            g, v = s.attn.sentinel.gate, new[s.layer, :s.n_heads]
+            will_write(g)
+            g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
     return model
 
 # %% ../nbs/01_gates.ipynb #c0064
@@ -330,13 +339,13 @@ def closed_share(
     "Expected share of heads, of their parameters or of their KV cache that is closed. Differentiable in the gates."
     m = _need_adaptive(model)
     open_, total = 0., 0.
-    for s in m.sentinel_map:
-        p, (a, b) = s.attn.sentinel.prob().float(), head_cost(s, unit or m.sentinel_config.unit)
+    for s in m.sentinel.now:
+        p, (a, b) = s.attn.sentinel.prob().float(), head_cost(s, unit or m.sentinel.config.unit)
         kv = 1 - torch.ones_like(p[:s.n_kv_heads]).scatter_reduce(0, s.kv_of.to(p.device), 1 - p, 'prod')
         part = a*p.sum() + b*kv.sum()
         open_ = open_ + (part if not isinstance(open_, Tensor) else part.to(open_.device))
         total += a*s.n_heads + b*s.n_kv_heads
-    if not total: raise ValueError(f"unit 'kv_bytes' counts nothing on {m.sentinel_map.model_type}, whose cache isn't kept per head; "
+    if not total: raise ValueError(f"unit 'kv_bytes' counts nothing on {m.sentinel.now.model_type}, whose cache isn't kept per head; "
                                    "use 'heads' or 'params'")
     return 1 - open_/total
 
@@ -351,9 +360,9 @@ def gate_penalty(
 ) -> Float[Tensor, '']: # To be added to the loss
     "What learning gates costs: λ₁(ŝ−t)+λ₂(ŝ−t)² with a budget, else `l1` times the sum of open probabilities; 0 for static gates."
     m = _need_adaptive(model)
-    c = m.sentinel_config
-    if c.mode == 'static': return next(iter(m.sentinel_map)).attn.sentinel.gate.new_zeros(())
-    if c.sparsity is None: return c.l1 * sum(s.attn.sentinel.prob().sum().cpu() for s in m.sentinel_map)
+    c = m.sentinel.config
+    if c.mode == 'static': return next(iter(m.sentinel.now)).attn.sentinel.gate.new_zeros(())
+    if c.sparsity is None: return c.l1 * sum(s.attn.sentinel.prob().sum().cpu() for s in m.sentinel.now)
     up = lambda x: 2*x.detach() - x                     # same value, reversed gradient: descent becomes ascent
     gap, b = closed_share(m) - budget_target(c, step), m.sentinel_budget
     return up(b.lambda1)*gap + up(b.lambda2)*gap**2
@@ -368,31 +377,32 @@ def harden_gates(
 ) -> nn.Module: # The same model, gates static
     "Close the lowest heads until the share is met (to the nearest head or group) and make all gates static."
     m = _need_adaptive(model)
-    hm, c = m.sentinel_map, m.sentinel_config
+    hm, c = m.sentinel.now, m.sentinel.config
     sparsity, unit = c.sparsity if sparsity is None else sparsity, unit or c.unit
     GateConfig('learned', sparsity=sparsity, unit=unit)                        # checks both
     scores = _scores(m) if scores is None else torch.as_tensor(scores).float()
     if scores.shape != hm.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(hm.shape)}')
     values, close = _kept_values(m), lowest(hm, scores, sparsity, unit) if sparsity is not None else scores < .5
-    adapt(m, GateConfig(dtype=c.dtype))
-    set_gates(m, torch.where(close, 0., values))
+    with transaction(m):
+        adapt(m, GateConfig(dtype=c.dtype))
+        set_gates(m, torch.where(close, 0., values))
     return model
 
 # %% ../nbs/01_gates.ipynb #c0075
 def _kept_values(m):
     "The gates; where one that was learned is 0, its probability of being open, for heads that the budget keeps all the same."
     t = gate_values(m)
-    for s in m.sentinel_map:
+    for s in m.sentinel.now:
         v, sent = t[s.layer, :s.n_heads], s.attn.sentinel
         if hasattr(sent, 'log_alpha'): v.copy_(torch.where((v == 0) & (sent.gate != 0).cpu(), sent.prob().float().cpu(), v))
     return t
 
 def _scores(m):
-    t = torch.full(m.sentinel_map.shape, math.nan)
-    for s in m.sentinel_map:   # log α orders heads whose probability is rounded to 1
+    t = torch.full(m.sentinel.now.shape, math.nan)
+    for s in m.sentinel.now:   # log α orders heads whose probability is rounded to 1
         sent = s.attn.sentinel
         t[s.layer, :s.n_heads] = (torch.where(sent.gate == 0, -math.inf, sent.log_alpha) if hasattr(sent, 'log_alpha') else sent.prob()).float().cpu()
-    return t if m.sentinel_config.sparsity is not None or m.sentinel_config.mode != 'hard_concrete' else torch.sigmoid(t)
+    return t if m.sentinel.config.sparsity is not None or m.sentinel.config.mode != 'hard_concrete' else torch.sigmoid(t)
 
 # %% ../nbs/01_gates.ipynb #c0077
 def _by_group(x, site, reduce):
@@ -463,13 +473,15 @@ def merge_gates(
 ) -> nn.Module: # The same model
     "Fold the gates into the output projections. Raises before anything is changed if one can't be folded."
     m = _need_adaptive(model)
-    todo = [(site, *_mergeable(site)) for site in m.sentinel_map if site.attn.sentinel.folded is None]
+    todo = [(site, *_mergeable(site)) for site in m.sentinel.now if site.attn.sentinel.folded is None]
     _check_tied(todo)
-    for site, s, lin in todo:
-        changed, W = s.gate != 1, _columns(lin, site)
-        s.kept, s.folded, s.seen = W[changed].clone(), s.gate.detach().clone(), s.gate._version
-        W[changed] = s.kept * s.gate[changed].to(W)[:, None, None]
-        _detach(s)
+    with transaction(m):
+        for site, s, lin in todo:
+            will_write(lin.weight)
+            changed, W = s.gate != 1, _columns(lin, site)
+            s.kept, s.folded, s.seen = W[changed].clone(), s.gate.detach().clone(), s.gate._version
+            W[changed] = s.kept * s.gate[changed].to(W)[:, None, None]
+            _detach(s)
     return model
 
 # %% ../nbs/01_gates.ipynb #c0095
@@ -479,16 +491,21 @@ def unmerge_gates(
 ) -> nn.Module: # The same model, gates at work in the hook again
     "Take the gates out of the weights again; the inverse of `merge_gates`."
     m = _need_adaptive(model)
-    for site in m.sentinel_map:
-        s = site.attn.sentinel
-        if s.folded is None: continue
-        W, changed = _columns(core_linear(site.out), site), s.folded != 1
-        g = s.folded[changed].to(W)[:, None, None]
-        same = (W[changed] == s.kept*g).flatten(1).all(1)
-        W[changed] = torch.where((same | (g.flatten() == 0))[:, None, None], s.kept, W[changed]/g)
-        s.kept = s.folded = s.seen = None
-        _attach(s, site.out)
+    with transaction(m):
+        for site in m.sentinel.now:
+            if site.attn.sentinel.folded is not None: _unfold(site)
     return model
+
+def _unfold(site):
+    "Take one layer's gates out of its weights."
+    s, lin = site.attn.sentinel, core_linear(site.out)
+    will_write(lin.weight)
+    W, changed = _columns(lin, site), s.folded != 1
+    g = s.folded[changed].to(W)[:, None, None]
+    same = (W[changed] == s.kept*g).flatten(1).all(1)
+    W[changed] = torch.where((same | (g.flatten() == 0))[:, None, None], s.kept, W[changed]/g)
+    s.kept = s.folded = s.seen = None
+    _attach(s, site.out)
 
 # %% ../nbs/01_gates.ipynb #c0101
 def _save(model, save_directory, *args, **kwargs):

@@ -12,9 +12,11 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim, in_features, out_features, _stacks
+from .plan import HeadPlan, grown_heads
+from .state import built_heads, is_compact, state_of, transaction, will_write
 from .gates import adapt, gate_values, is_adaptive, _base_class
-from .surgery import (full_param, head_slices, replay, _apply, _differ, _first_look, _forget, _grown, _heads_of,
-                                 _origin, _param, _places, _plan_of, _ready, _shape_layer, _size, _unwire, _watch, _widen, _wire)
+from .surgery import (full_param, head_slices, replay, _all_back, _apply, _differ, _first_look, _heads_of,
+                                 _param, _places, _ready, _shape_layer, _size, _unwire, _watch, _widen, _wire)
 from .regrow import drawn, strength
 
 # %% ../nbs/04c_growth.ipynb #c0009
@@ -59,12 +61,13 @@ def _fill(m, now, big, local, new, init, gen, names):
     note = None
     for (name, dim, src, part), (_, _, idx, _) in zip(head_slices(now, local), head_slices(big, new)):
         p = _param(now.attn, name)
-        rec, old = m.sentinel_removed[names[id(p)]], _share(p, dim, src)
+        rec, old = m.sentinel.stash[names[id(p)]], _share(p, dim, src)
         if any(torch.isin(idx, i).all() for i in (rec['held'], *(i for i, _ in rec['parts']))): continue     # a KV head that is there
         if part == 'o' and init == 'split':
             r = (torch.rand(len(src), generator=gen)*.4 + .3).to(old)
             mine = old*(r if dim == old.ndim-1 else r[:, None])
             value = old - mine
+            will_write(p)
             p.index_copy_(dim, src.to(p.device), mine)
             note = dict(name=names[id(p)], before=old.cpu(), after=mine.cpu(), new=value.cpu())
         elif part == 'o': value = torch.zeros_like(old)
@@ -76,36 +79,33 @@ def _fill(m, now, big, local, new, init, gen, names):
 # %% ../nbs/04c_growth.ipynb #c0016
 def _grow_heads(m, heads, init, optimizer, seed, scores):
     _ready(m, optimizer)
-    before = getattr(m, 'sentinel_origin', None) or m.sentinel_map
-    plan, scores, want, gen = _plan_of(m), strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
+    before = m.sentinel.built
+    plan, scores, want, gen = m.sentinel.plan, strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
     if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
     _can_grow(m, before, plan, want)
     scores = torch.where(strength(m).isnan(), float('nan'), scores.cpu().float())
     new = {l: _placed(before[l], n, scores[l, :before[l].n_heads]) for l, n in want.items()}
     hm = replace(before, sites=[s and (s.widen([(*x, init == 'split') for x in new[s.layer]]) if s.layer in new else s) for s in before.sites])
     seen, names, gates = _first_look(m), {id(p): n for n, p in m.named_parameters()}, plan.full(gate_values(m, effective=True))
-    reps = {n: full_param(m, n).clone() for n in m.__dict__.get('sentinel_repairs', {})}
-    notes, at = m.__dict__.setdefault('sentinel_grown', []), len(m.__dict__.get('sentinel_grown', []))
-    try:
+    reps = {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
+    state = m.sentinel
+    with transaction(m, optimizer):
         _widen(m, hm)
+        at = len(state.grown)
         for l, pairs in new.items():
-            present = plan.keep[l].nonzero().flatten().tolist()
+            present = plan.kept(l)
             for i, (donor, _) in enumerate(pairs):
                 h, gate = before[l].n_heads + i, gates[l, donor].item() if init == 'split' else 1.
-                note = _fill(m, m.sentinel_map[l], hm[l], present.index(donor), h, init, gen, names)
-                notes.append(dict(layer=l, head=h, donor=donor, gate=gate) | (note or {}))
-        keep = m.sentinel_plan.keep.clone()
-        for n in notes[at:]: keep[n['layer'], n['head']] = True
-        _apply(m, replace(m.sentinel_plan, keep=keep), optimizer)
-        _open(m, notes[at:])
-        if bool((keep == m.sentinel_plan.exists).all()): _forget(m)
-        if bad := _differ(m, m.sentinel_origin, seen, list(new)): raise UnsupportedArchitecture(
+                note = _fill(m, state.now[l], hm[l], present.index(donor), h, init, gen, names)
+                state.grown.append(dict(layer=l, head=h, donor=donor, gate=gate) | (note or {}))
+        keep = state.plan.keep.clone()
+        for n in state.grown[at:]: keep[n['layer'], n['head']] = True
+        _apply(m, replace(state.plan, keep=keep), optimizer)
+        _open(m, state.grown[at:])
+        if bad := _differ(m, state.built, seen, list(new)): raise UnsupportedArchitecture(
             f'{type(m).__name__}: with further heads the attention is not what it was ({"; ".join(f"layer {l}: {w}" for l, w in list(bad.items())[:2])}). '
             'The model is as it was before.')
-    except BaseException:
-        _drop(m, before, notes[at:], optimizer)
-        raise
-    _move_repairs(m, reps)
+        _move_repairs(m, reps)
 
 # %% ../nbs/04c_growth.ipynb #c0017
 def _can_grow(m, hm, plan, want):
@@ -125,13 +125,13 @@ def _can_grow(m, hm, plan, want):
 def _open(m, notes):
     "Open the gates of new heads: a split head's gate is its donor's, so that the two scale alike."
     for n in notes:
-        i = int(m.sentinel_plan.keep[n['layer'], :n['head']].sum())
-        m.sentinel_map[n['layer']].attn.sentinel.gate[i] = n['gate']
+        i = int(m.sentinel.plan.keep[n['layer'], :n['head']].sum())
+        m.sentinel.now[n['layer']].attn.sentinel.gate[i] = n['gate']
 
 # %% ../nbs/04c_growth.ipynb #c0019
 def _move_repairs(m, was):
     "Let what repair remembers have the shapes that parameters have now; `was`: those parameters before."
-    reps = m.__dict__.get('sentinel_repairs', {})
+    reps = m.sentinel.repairs.changed
     for name, (old, new) in list(reps.items()):
         full = full_param(m, name)
         dim = next((d for d, (a, b) in enumerate(zip(full.shape, new.shape)) if a != b), None)
@@ -139,8 +139,8 @@ def _move_repairs(m, was):
         fit = lambda t: _fit(t, dim, full.shape[dim])
         now = full.clone() if torch.equal(was[name], new) else fit(new) + full - fit(was[name])
         reps[name] = None if old is None else now + fit(old - new), now
-    for (l, _), r in m.__dict__.get('sentinel_predictors', {}).items():
-        s = (getattr(m, 'sentinel_origin', None) or m.sentinel_map)[l]
+    for (l, _), r in m.sentinel.repairs.predictors.items():
+        s = m.sentinel.built[l]
         r['T'] = _fit(r['T'], 0, s.n_heads*s.head_dim)
 
 def _fit(t, dim, n):
@@ -151,18 +151,18 @@ def _fit(t, dim, n):
 # %% ../nbs/04c_growth.ipynb #c0021
 def _put(m, name, idx, value):
     "Write a part of a parameter, wherever it is."
-    rec = m.sentinel_removed[name]
+    rec = m.sentinel.stash[name]
     for held, t in [(rec['held'], m.get_parameter(name).data), *rec['parts']]:
         at = torch.isin(held, idx).nonzero().flatten()
-        if len(at): t.index_copy_(rec['dim'], at.to(t.device), value.to(t))
+        if len(at): will_write(t); t.index_copy_(rec['dim'], at.to(t.device), value.to(t))
 
 @torch.no_grad()
 def _rejoin(m, note):
     "Give a split head's donor its columns back."
-    if note.get('name') not in m.__dict__.get('sentinel_removed', {}): return                   # heads that began with columns of zeros
-    d, plan, gates = m.sentinel_origin[note['layer']].head_dim, m.sentinel_plan, m.sentinel_plan.full(gate_values(m, effective=True))
+    if note.get('name') not in m.sentinel.stash: return                   # heads that began with columns of zeros
+    d, plan, gates = m.sentinel.built[note['layer']].head_dim, m.sentinel.plan, m.sentinel.plan.full(gate_values(m, effective=True))
     idx, mine = (torch.arange(note[k]*d, (note[k]+1)*d, device='cpu') for k in ('head', 'donor'))
-    full, dim = full_param(m, note['name']), m.sentinel_removed[note['name']]['dim']
+    full, dim = full_param(m, note['name']), m.sentinel.stash[note['name']]['dim']
     now, new = full.index_select(dim, mine), full.index_select(dim, idx)
     if 'after' in note and torch.equal(now, note['after']) and torch.equal(new, note['new']): return _put(m, note['name'], mine, note['before'])
     g, a = gates[note['layer'], note['head']].nan_to_num(), gates[note['layer'], note['donor']].nan_to_num()
@@ -171,23 +171,24 @@ def _rejoin(m, note):
 # %% ../nbs/04c_growth.ipynb #c0022
 def _drop(m, old, notes, optimizer):
     "Let the model be about the heads of the map `old` again: drop heads that are beyond them."
-    hm = getattr(m, 'sentinel_origin', None) or m.sentinel_map
+    state = m.sentinel
+    hm = state.built
     if all(a is b for a, b in zip(hm.sites, old.sites)): return
     for note in reversed(notes): _rejoin(m, note)
-    m.sentinel_grown = [n for n in m.__dict__.get('sentinel_grown', []) if not any(n is x for x in notes)]
-    plan, names, sites, recs = m.sentinel_plan, {id(p): n for n, p in m.named_parameters()}, list(m.sentinel_map.sites), m.sentinel_removed
+    state.grown = [n for n in state.grown if not any(n is x for x in notes)]
+    plan, names, sites = state.plan, {id(p): n for n, p in m.named_parameters()}, list(state.now.sites)
     for l, (b, s) in enumerate(zip(hm.sites, old.sites)):
-        if b is not s: sites[l] = _drop_layer(m, b, s, plan, recs, names, optimizer)
-    new = _origin(old)
-    m.sentinel_plan = replace(new, keep=_fit(plan.keep, 1, new.keep.shape[1]) & new.exists, columns=plan.columns, info=plan.info)
-    m.sentinel_origin, m.sentinel_compact = old, replace(old, sites=sites, n_params=_size(m))
-    m.sentinel_map = m.sentinel_compact
-    if bool((m.sentinel_plan.keep == new.exists).all()): old.n_params = _size(m); _forget(m)
+        if b is not s: sites[l] = _drop_layer(m, b, s, plan, state.stash, names, optimizer)
+    new = HeadPlan.of(old)
+    keep = _fit(plan.keep, 1, new.keep.shape[1]) & new.exists
+    state.plan = replace(new, keep=keep, columns=plan.columns, info=plan.info, channels=plan.channels)
+    state.built, state.now = old, replace(old, sites=sites, n_params=_size(m))
+    if state.plan.whole: old.n_params = _size(m); _all_back(m)
 
 def _drop_layer(m, b, s, plan, recs, names, optimizer):
     now, columns = plan.keep[b.layer].nonzero().flatten().tolist(), b.layer in plan.columns
     keep = [h for h in now if h < s.n_heads]
-    _shape_layer(b, now, keep, columns, recs, names, optimizer, m.sentinel_config)
+    _shape_layer(b, now, keep, columns, recs, names, optimizer, m.sentinel.config)
     for name, (dim, _, idx) in _places(b, s, range(s.n_heads)).items(): _renumber_back(recs[names[id(_param(s.attn, name))]], dim, idx)
     s1 = s if len(keep) == s.n_heads else s.narrow(keep, columns)
     _unwire(b)
@@ -206,7 +207,7 @@ def _renumber_back(rec, dim, idx):
 # %% ../nbs/04c_growth.ipynb #c0023
 def _notes(m, hm):
     "What is known about each head that grew; of a model that was loaded only what the plan says."
-    known, names = {(n['layer'], n['head']): n for n in m.__dict__.get('sentinel_grown', [])}, {id(p): n for n, p in m.named_parameters()}
+    known, names = {(n['layer'], n['head']): n for n in m.sentinel.grown}, {id(p): n for n, p in m.named_parameters()}
     out = lambda s: names[id(core_linear(s.out).weight)]
     return [known.get((s.layer, h), dict(layer=s.layer, head=h, donor=d) | (dict(name=out(s)) if split else {}))
             for s in hm if s.native for h, (d, split) in enumerate(s.donors, s.native.n_heads)]
@@ -217,15 +218,16 @@ def ungrow(
 ) -> nn.Module: # The same model with the heads that its config says
     "Drop all heads that `grow` added. Bit for bit what it was, if neither they nor a split head's donor were trained."
     m = base_model(model)
-    hm = getattr(m, 'sentinel_origin', None)
-    if hm is None or not _grown(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
+    hm = built_heads(m)
+    if not grown_heads(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
     _ready(model, optimizer)
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
-    keep = _fit(m.sentinel_plan.keep, 1, native.shape[1]) & _origin(native).exists
+    keep = _fit(m.sentinel.plan.keep, 1, native.shape[1]) & HeadPlan.of(native).exists
     if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')
-    was = {n: full_param(m, n).clone() for n in m.__dict__.get('sentinel_repairs', {})}
-    _drop(m, native, _notes(m, hm), optimizer)
-    _move_repairs(m, was)
+    was = {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
+    with transaction(m, optimizer):
+        _drop(m, native, _notes(m, hm), optimizer)
+        _move_repairs(m, was)
     return model
 
 # %% ../nbs/04c_growth.ipynb #c0025
@@ -315,21 +317,16 @@ def _look(m):
 
 # %% ../nbs/04c_growth.ipynb #c0032
 def _settle(m, key, layers, cfg, changes):
-    "Give a model these layers, this config and these settings. Returns a function that undoes it."
+    "Give a model these layers, this config and these settings."
     stack, config = m.get_submodule(key), m.config
-    before, old, done = list(stack), dict(vars(config)), []
     stack._modules = {str(i): x for i, x in enumerate(layers)}
+    old = vars(config)
     for k, v in vars(cfg).items():
         if k not in old or old[k] != v: config.__dict__[k] = v
     for name, diff in changes.items():
         x = m.get_submodule(name)
-        for k, (a, b) in diff.items():
-            if vars(x).get(k) == a: done.append((x, k, a)); setattr(x, k, b)
-    def undo():
-        stack._modules = {str(i): x for i, x in enumerate(before)}
-        config.__dict__.clear(); config.__dict__.update(old)
-        for x, k, a in done: setattr(x, k, a)
-    return undo
+        for k, (before, after) in diff.items():
+            if vars(x).get(k) == before: setattr(x, k, after)
 
 # %% ../nbs/04c_growth.ipynb #c0033
 def _after(m, hm, layers):
@@ -344,8 +341,8 @@ def _after(m, hm, layers):
     return key, sorted([*range(n), *layers])
 
 def _grow_layers(m, layers, optimizer):
-    if hasattr(m, 'sentinel_plan'): adapt(m)
-    hm = getattr(m, 'sentinel_origin', None) or getattr(m, 'sentinel_map', None) or head_map(m)
+    if is_compact(m): adapt(m)
+    hm = built_heads(m)
     key, order = _after(m, hm, layers)
     old, first = list(m.get_submodule(key)), next(iter(hm))
     fresh = [i for i, l in enumerate(order) if i and order[i-1] == l]
@@ -353,20 +350,18 @@ def _grow_layers(m, layers, optimizer):
     width = core_linear(first.out).weight.shape[1 - in_dim(first.out)]
     copies = {i: _copied(old[order[i]], _ends(old[order[i]], [s for s in hm if s.layer == order[i]], width)) for i in fresh}
     names, want = {id(p): k for k, p in m.named_parameters()}, _look(m)
-    undo = _settle(m, key, [copies.get(i, old[l]) for i, l in enumerate(order)], cfg, changes)
-    try:
+    with transaction(m, optimizer):
+        _settle(m, key, [copies.get(i, old[l]) for i, l in enumerate(order)], cfg, changes)
         if not torch.equal(got := _look(m), want): raise UnsupportedArchitecture(
             f'{type(m).__name__} cannot get further layers: one that writes nothing still changes the output (by {(got-want).abs().max():.1e}), '
             'as where a norm follows the sum. The model is as it was before.')
-    except BaseException:
-        undo()
-        raise
-    if is_adaptive(m): _renumber_layers(m, key, order, fresh, names)
-    for i in fresh if optimizer is not None else (): _adopt(optimizer, old[order[i]], copies[i])
+        if is_adaptive(m): _renumber_layers(m, key, order, fresh, names)
+        for i in fresh if optimizer is not None else (): _adopt(optimizer, old[order[i]], copies[i])
 
 # %% ../nbs/04c_growth.ipynb #c0034
 def _renumber_layers(m, key, order, fresh, names):
-    "Let everything that is known about layers speak in their new numbers."
+    "Renumber the records of each layer."
+    state = m.sentinel
     def moved(hm): return replace(hm, sites=[site(hm.sites[l], i, l) for i, l in enumerate(order)])
     def site(s, i, l):
         if s is None: return None
@@ -374,32 +369,34 @@ def _renumber_layers(m, key, order, fresh, names):
         at = dict(layer=i, path=path, attn=m.get_submodule(path))
         return replace(s, **at, native=s.native and replace(s.native, **at))
     to = {l: i for i, l in reversed(list(enumerate(order)))}
-    m.sentinel_map = replace(moved(m.sentinel_map), n_params=_size(m))
-    if hasattr(m, 'sentinel_plan'): _renumber_plan(m, moved(m.sentinel_origin), key, order, fresh, names)
+    compact = state.now is not state.built
+    state.now = replace(moved(state.now), n_params=_size(m))
+    state.built = moved(state.built) if compact else state.now
+    _renumber_plan(m, order)
     now = {id(p): n for n, p in m.named_parameters()}
     name = {n: now[i] for i, n in names.items() if i in now}
-    for a in ('sentinel_removed', 'sentinel_repairs'):
-        if a in m.__dict__: setattr(m, a, {name.get(k, k): v for k, v in getattr(m, a).items()})
-    if 'sentinel_predictors' in m.__dict__: m.sentinel_predictors = {(to[l], h): r for (l, h), r in m.sentinel_predictors.items()}
-    m.sentinel_grown = [n | dict(layer=to[n['layer']]) | ({'name': name[n['name']]} if 'name' in n else {}) for n in m.__dict__.get('sentinel_grown', [])]
-    for i in fresh if hasattr(m, 'sentinel_plan') else (): _copy_removed(m, key, i, to[order[i]])
+    state.stash = {name.get(k, k): v for k, v in state.stash.items()}
+    state.repairs.changed = {name.get(k, k): v for k, v in state.repairs.changed.items()}
+    state.repairs.predictors = {(to[l], h): r for (l, h), r in state.repairs.predictors.items()}
+    state.grown = [n | dict(layer=to[n['layer']]) | ({'name': name[n['name']]} if 'name' in n else {}) for n in state.grown]
+    for i in fresh: _copy_removed(m, key, i, to[order[i]])
 
-def _renumber_plan(m, origin, key, order, fresh, names):
-    p = m.sentinel_plan
-    m.sentinel_plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order],
-                              columns=[i for i, l in enumerate(order) if l in p.columns], grown=_grown(origin))
-    m.sentinel_origin, m.sentinel_compact = origin, m.sentinel_map
-    for s0, s1, keep in zip(origin.sites, m.sentinel_map.sites, _heads_of(m.sentinel_plan)):
-        if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): _unwire(s0); _wire(s0, s1, keep, s0.layer in m.sentinel_plan.columns)
+def _renumber_plan(m, order):
+    state = m.sentinel
+    p = state.plan
+    state.plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order],
+                         columns=[i for i, l in enumerate(order) if l in p.columns], grown=grown_heads(state.built))
+    for s0, s1, keep in zip(state.built.sites, state.now.sites, _heads_of(state.plan)):
+        if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): _unwire(s0); _wire(s0, s1, keep, s0.layer in state.plan.columns)
 
 def _copy_removed(m, key, i, l):
     "What left a layer has left its copy too, which writes nothing even if it comes back."
-    for name, r in list(m.sentinel_removed.items()):
+    for name, r in list(m.sentinel.stash.items()):
         if not name.startswith(f'{key}.{l}.'): continue
         new = f'{key}.{i}.{name[len(f"{key}.{l}."):]}'
         rec = copy.deepcopy({k: v for k, v in r.items() if k != 'state'})
         if not m.get_parameter(new).any(): rec['parts'] = [(idx, torch.zeros_like(t)) for idx, t in rec['parts']]
-        m.sentinel_removed[new] = rec
+        m.sentinel.stash[new] = rec
 
 def _adopt(optimizer, old, new):
     "Let an optimiser train a copied layer in the groups in which its original is."
@@ -421,7 +418,10 @@ def grow(
     if (heads is None) == (layers is None): raise ValueError('give either heads=... or layers=...; call grow twice for both')
     if init not in INITS: raise ValueError(f'init={init!r}: allowed are {INITS}')
     m = base_model(model)
-    taken = [a for a in ('sentinel_agency', *(('sentinel_skips', 'sentinel_memory') if layers is not None else ())) if getattr(m, a, None) is not None]
+    state = state_of(m)
+    watching = dict(agency=state and state.agency)
+    if layers is not None: watching |= dict(memory=state and state.memory, skips=getattr(m, 'sentinel_skips', None))
+    taken = [name for name, x in watching.items() if x is not None]
     if taken: raise RuntimeError(f'{", ".join(taken)} of this model speaks of its present {"heads" if layers is None else "layers"}; '
                                  'detach it, grow the model, and attach a new one')
     if layers is not None: _grow_layers(m, layers, optimizer)
@@ -444,9 +444,9 @@ def init_small(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = adapt(AutoModelForCausalLM.from_config(cfg, dtype=dtype).eval())
-    plan = _origin(model.sentinel_map)
+    plan = HeadPlan.of(model.sentinel.now)
     plan.keep = plan.exists.clone()
-    for s in model.sentinel_map: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
+    for s in model.sentinel.now: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
     plan.info = dict(criterion='init_small', keep=keep, seed=seed)
     return replay(model, plan) if plan.removed else model
 
@@ -457,7 +457,7 @@ def flops_per_token(
 ) -> int:
     "FLOPs of a forward pass per token: 2·parameters, embeddings that are only looked up left out, and 4·d·context for each head."
     m = base_model(model)
-    hm, cfg = getattr(m, 'sentinel_map', None) or head_map(m), m.config.get_text_config()
+    hm, cfg = head_map(m), m.config.get_text_config()
     get = lambda names: next((v for k in names if isinstance(v := getattr(cfg, k, None), int) and v), None)
     n, k = get(('num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts')), get(('num_experts_per_tok', 'moe_topk', 'moe_k'))
     looked_up = {id(p) for x in m.modules() if isinstance(x, nn.Embedding) for p in x.parameters()} - {id(m.get_output_embeddings().weight)}

@@ -361,7 +361,7 @@ def head_map(
 ) -> HeadMap:
     "Find every attention head. Raises `UnsupportedArchitecture` when there is none or when an attention module can't be read."
     model = base_model(model)
-    if getattr(model, 'sentinel_compact', None): return model.sentinel_compact
+    if (state := model.__dict__.get('sentinel')) is not None: return state.now    # an adapted model knows
     check_decoder(model)
     found, unmapped, shared = _candidates(model)
     if not found: raise UnsupportedArchitecture(

@@ -493,7 +493,7 @@ def measure(
     if repair not in ('none', 'bias', 'linear', 'affine'): raise ValueError(f"repair={repair!r}: allowed are 'none', 'bias', 'linear', 'affine'")
     if batch_size < 1 or steps < 1: raise ValueError(f'batch_size={batch_size}, steps={steps}: both must be 1 or more')
     m = base_model(model)
-    hm = getattr(m, 'sentinel_map', None) or head_map(m)
+    hm = head_map(m)
     if hasattr(m, '_sync'): m._sync()
     n = len(batches) if hasattr(batches, '__len__') and not isinstance(batches, dict) else None
     n = n if n is None or isinstance(batches, list) or not (isinstance(batches, Tensor) or hasattr(batches, 'features')) else -(-n//batch_size)

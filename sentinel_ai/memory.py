@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .heads import AttnSite, base_model
-from .gates import gate_values, is_adaptive
-from .surgery import head_slices, local_head, original_heads, _plan_of
+from .gates import adapt, gate_values, is_adaptive
+from .surgery import head_slices, local_head, original_heads
+from .state import need_state, state_of, will_write
 
 # %% ../nbs/04a_memory.ipynb #c0008
 def sole(
@@ -54,9 +55,9 @@ def write_head(
     for name, dim, idx, part in head_slices(site, head):
         if part not in parts: continue
         p = site.attn.get_parameter(name)
-        if (name, part) in values: p.index_copy_(dim, idx.to(p.device), values[name, part].to(p))
+        if (name, part) in values: will_write(p); p.index_copy_(dim, idx.to(p.device), values[name, part].to(p))
         for k, v in (optimizer.state.get(p, {}) if optimizer is not None else {}).items():
-            if (name, part, k) in moments: v.index_copy_(dim, idx.to(v.device), moments[name, part, k].to(v))
+            if (name, part, k) in moments: will_write(v); v.index_copy_(dim, idx.to(v.device), moments[name, part, k].to(v))
 
 # %% ../nbs/04a_memory.ipynb #c0011
 DTYPES = ('float32', 'bfloat16', 'int8')
@@ -148,10 +149,10 @@ def _read(path):
 # %% ../nbs/04a_memory.ipynb #c0018
 @patch
 def attach(self:HeadMemory,
-    model:nn.Module, # An adapted model
+    model:nn.Module, # Any decoder; it is adapted if it isn't
 ) -> HeadMemory: # Itself
     "Remember every head that `prune` or `close_heads` closes from now on. Changes nothing about what the model computes."
-    base_model(model).__dict__['sentinel_memory'] = self
+    need_state(adapt(model)).memory = self
     return self
 
 @patch
@@ -159,7 +160,7 @@ def detach(self:HeadMemory,
     model:nn.Module, # The model it was attached to
 ):
     "Stop listening; records stay."
-    base_model(model).__dict__.pop('sentinel_memory', None)
+    if (state := state_of(model)) is not None and state.memory is self: state.memory = None
 
 @patch
 def remember(self:HeadMemory,
@@ -174,10 +175,10 @@ def remember(self:HeadMemory,
     if not is_adaptive(m): raise TypeError(f'{type(m).__name__} has no gates; call adapt(model) first')
     gates = gate_values(m)
     for l, h in heads:
-        i = local_head(m, l, h) if 0 <= l < len(m.sentinel_map) and h in range(_plan_of(m).exists.shape[1]) and _plan_of(m).exists[l, h] else None
-        if i is None: raise ValueError(f'layer {l} head {h} is not in the model now; layers are 0 to {len(m.sentinel_map)-1}, '
-                                       f'layer {l} has heads {original_heads(m, l) if 0 <= l < len(m.sentinel_map) else []}')
-        todo.append(((l, h), m.sentinel_map[l], i))
+        i = local_head(m, l, h) if 0 <= l < len(m.sentinel.now) and h in range(m.sentinel.plan.exists.shape[1]) and m.sentinel.plan.exists[l, h] else None
+        if i is None: raise ValueError(f'layer {l} head {h} is not in the model now; layers are 0 to {len(m.sentinel.now)-1}, '
+                                       f'layer {l} has heads {original_heads(m, l) if 0 <= l < len(m.sentinel.now) else []}')
+        todo.append(((l, h), m.sentinel.now[l], i))
     for key, site, i in todo: self._keep(key, *read_head(site, i, optimizer if self.keep_moments else None),
                                          dict(gate=float(gates[site.layer, i]), step=step, stats=_values(m, stats, key, i)))
     self._bound()
@@ -185,7 +186,7 @@ def remember(self:HeadMemory,
 def _values(m, stats, key, i):
     "A head's entry in each table, whichever numbering the tables have."
     if stats is None: return {}
-    full = stats.shape == tuple(_plan_of(m).exists.shape)
+    full = stats.shape == tuple(m.sentinel.plan.exists.shape)
     res = {k: float(t[key if full else (key[0], i)]) for k, t in stats.tables.items()}
     return {k: v for k, v in res.items() if v == v}
 
@@ -235,6 +236,24 @@ def adjust(self:HeadMemory,
     rec.values[name, 'o'] = pack(new.to(old.dtype), rec.meta['dtype'])
     if self.folder: _write(self._file(key), _flat(rec), rec.meta)
 
+# %% ../nbs/04a_memory.ipynb #c0035
+@patch
+def snapshot(self:HeadMemory):
+    "What `rollback` needs: the records, of those on disk the bytes of their files."
+    held = {k: r if isinstance(r, HeadRecord) else self[k] for k, r in self.records.items()}
+    copies = {k: HeadRecord(dict(r.values), dict(r.moments), dict(r.meta)) for k, r in held.items()}
+    return dict(self.records), copies, list(self.forgotten)
+
+@patch
+def rollback(self:HeadMemory, held):
+    "Go back to what `snapshot` saw."
+    records, copies, self.forgotten = held
+    for key in [k for k in self.records if k not in records]:
+        if self.folder: self._file(key).unlink(missing_ok=True)
+    changed = [k for k in records if self.records.get(k) is not records[k] or self.folder]
+    self.records = {k: r if self.folder else copies[k] for k, r in records.items()}
+    for key in changed if self.folder else (): _write(self._file(key), _flat(copies[key]), copies[key].meta)
+
 # %% ../nbs/04a_memory.ipynb #c0025
 @patch
 def release(self:HeadMemory,
@@ -242,13 +261,13 @@ def release(self:HeadMemory,
 ) -> int: # Bytes that were freed
     "Drop what surgery kept of removed heads, in layers whose removed heads are all remembered here."
     m, freed = base_model(model), 0
-    plan = _plan_of(m)
-    layers = [s.layer for s in m.sentinel_map if all((s.layer, h) in self for h in (plan.exists & ~plan.keep)[s.layer].nonzero().flatten().tolist())]
-    origin = getattr(m, 'sentinel_origin', m.sentinel_map)
-    layers += [l for l, s in enumerate(m.sentinel_map.sites) if s is None and origin.sites[l] is not None
+    plan = m.sentinel.plan
+    layers = [s.layer for s in m.sentinel.now if all((s.layer, h) in self for h in (plan.exists & ~plan.keep)[s.layer].nonzero().flatten().tolist())]
+    origin = m.sentinel.built
+    layers += [l for l, s in enumerate(m.sentinel.now.sites) if s is None and origin.sites[l] is not None
                and all((l, h) in self for h in plan.exists[l].nonzero().flatten().tolist())]
     for l in layers:
-        for name, r in m.__dict__.get('sentinel_removed', {}).items():
+        for name, r in m.sentinel.stash.items():
             if not name.startswith(origin[l].path + '.'): continue
             freed += sum(t.numel()*t.element_size() for _, t in r.get('parts', []))
             r['parts'], r['state'] = [], {}

@@ -13,9 +13,10 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim, out_features
-from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt, _base_class
+from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, _base_class
 from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
-from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full, _plan_of
+from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full
+from .state import RepairLog, transaction, will_write
 
 # %% ../nbs/03b_pruning.ipynb #c0008
 REPAIRS = ('none', 'bias', 'linear', 'affine')
@@ -46,7 +47,7 @@ def holds_bias(
 ) -> bool:
     "Can the output projections of this architecture hold a bias?"
     m = base_model(model)
-    hm = getattr(m, 'sentinel_map', None) or head_map(m)
+    hm = head_map(m)
     names = [f'{s.path}.{s.out_name}' for s in hm]
     if all(getattr(core_linear(s.out), 'bias', None) is not None for s in hm): return True
     cfg = copy.deepcopy(m.config)
@@ -58,9 +59,9 @@ def holds_bias(
 
 # %% ../nbs/03b_pruning.ipynb #c0015
 def _remember(m, name, p, old):
-    mem = m.__dict__.setdefault('sentinel_repairs', {})
+    mem = m.sentinel.repairs.changed
     new = full_param(m, name).clone()
-    rec = m.__dict__.get('sentinel_removed', {}).get(name)
+    rec = m.sentinel.stash.get(name)
     then = None if old is None else old.cpu().clone() if rec is None else new.index_copy(rec['dim'], rec['held'], old.cpu())
     mem[name] = (mem[name][0] if name in mem else then, new)
 
@@ -68,12 +69,12 @@ def _remember_heads(m, site, drop, keep, T, t0, W):
     "Each leaving head's prediction, over the inputs of the original layer, and the columns it has at this moment."
     ids, d = original_heads(m, site.layer), site.head_dim
     at = torch.cat([torch.arange(h*d, (h+1)*d) for h in ids])
-    full = T.new_zeros(int(_plan_of(m).exists[site.layer].sum())*d, T.shape[1])
+    full = T.new_zeros(int(m.sentinel.plan.exists[site.layer].sum())*d, T.shape[1])
     full[at[keep.cpu()]] = T
     for i, h in enumerate(drop.view(-1, d)[:, 0].nonzero().flatten().tolist()):
         c = slice(i*d, (i+1)*d)
         rec = dict(T=full[:, c].float().cpu().contiguous(), t0=t0[c].float().cpu(), W=W[drop][c].float().cpu())
-        m.__dict__.setdefault('sentinel_predictors', {})[site.layer, ids[h]] = rec
+        m.sentinel.repairs.predictors[site.layer, ids[h]] = rec
 
 # %% ../nbs/03b_pruning.ipynb #c0017
 @torch.no_grad()
@@ -98,11 +99,13 @@ def repair_layer(
     W[keep] += T @ W[drop]
     if kind != 'bias':
         old = lin.weight.detach().clone()
+        will_write(lin.weight)
         lin.weight.copy_(W if in_dim(lin) == 0 else W.mT)
         _remember(m, f'{name}.weight', lin.weight, old)
     if kind in ('bias', 'affine'):
         old = None if getattr(lin, 'bias', None) is None else lin.bias.detach().clone()
         if old is None: lin.bias = nn.Parameter(lin.weight.new_zeros(W.shape[1]), lin.weight.requires_grad)
+        will_write(lin.bias)
         lin.bias.add_(db.to(lin.bias))
         _remember(m, f'{name}.bias', lin.bias, old)
 
@@ -113,17 +116,23 @@ def undo_repair(
 ) -> nn.Module: # The same model
     "Take back what repair changed: bit for bit if nothing was trained since, else the difference is taken off."
     m = base_model(model)
-    if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
-    m.__dict__.pop('sentinel_predictors', None)
-    for name, (old, new) in m.__dict__.pop('sentinel_repairs', {}).items():
-        path, _, leaf = name.rpartition('.')
-        lin = core_linear(m.get_submodule(path))
-        p = getattr(lin, leaf)
-        same = torch.equal(p.cpu(), new)
-        if old is None: p.sub_(new.to(p)) if not same else setattr(lin, leaf, None)
-        elif same: p.copy_(old)
-        else: p.add_((old.to(p) - new.to(p)))
+    state = m.sentinel
+    if state.plan.removed: raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
+    with transaction(m):
+        for name, (old, new) in state.repairs.changed.items(): _take_back(m, name, old, new)
+        state.repairs = RepairLog()
     return model
+
+def _take_back(m, name, old, new):
+    "Give one parameter the value that it had before the first repair."
+    path, _, leaf = name.rpartition('.')
+    lin = core_linear(m.get_submodule(path))
+    p = getattr(lin, leaf)
+    will_write(p)
+    same = torch.equal(p.cpu(), new)
+    if old is None: p.sub_(new.to(p)) if not same else setattr(lin, leaf, None)
+    elif same: p.copy_(old)
+    else: p.add_(old.to(p) - new.to(p))
 
 def unprune(
     model:nn.Module, # A pruned model, compact or masked
@@ -131,10 +140,11 @@ def unprune(
 ) -> nn.Module: # The same model, all heads open
     "The inverse of `prune` and `compact`: all heads back, repair taken off, gates at 1."
     m = base_model(model)
-    if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: expand(m, optimizer)
-    undo_repair(m)
-    set_gates(m, 1.)
-    m.__dict__.pop('sentinel_info', None)
+    with transaction(m, optimizer):
+        if m.sentinel.plan.removed: expand(m, optimizer)
+        undo_repair(m)
+        set_gates(m, 1.)
+        m.sentinel.plan.info.clear()
     return model
 
 # %% ../nbs/03b_pruning.ipynb #c0020
@@ -144,7 +154,7 @@ def repair_share(
     back=(), # Heads of that layer that are back already
 ) -> dict|None: # `A` `[k, d]`, `a0` `[d]`, `B` `[d, o]`: the others took over `A @ B` and `a0 @ B`; None if nothing was repaired for this head
     "What the other heads took over from one head, in factors, over the inputs of the original layer."
-    recs = base_model(model).__dict__.get('sentinel_predictors', {})
+    recs = base_model(model).sentinel.repairs.predictors
     if (layer, head) not in recs: return None
     r, order = recs[layer, head], list(recs)
     A, a0, d = r['T'].clone(), r['t0'].clone(), r['t0'].shape[0]
@@ -161,7 +171,7 @@ def out_weight(
 ) -> tuple: # Names of weight and bias, dimension along which its inputs lie
     "The output projection's parameters by their names in the model."
     m = base_model(model)
-    lin = core_linear((getattr(m, 'sentinel_origin', None) or m.sentinel_map)[layer].out)
+    lin = core_linear(m.sentinel.built[layer].out)
     name = next(n for n, p in m.named_parameters() if p is lin.weight).rpartition('.')[0]
     return f'{name}.weight', f'{name}.bias', in_dim(lin)
 
@@ -175,7 +185,7 @@ def shift_repair(
     "Take off a part of what the others took over. Where the layer was as repair left it, repair's memory moves along."
     m = base_model(model)
     weight, bias, dim = out_weight(m, layer)
-    reps, dW, db = m.__dict__.get('sentinel_repairs', {}), -by*(share['A'] @ share['B']), -by*(share['a0'] @ share['B'])
+    reps, dW, db = m.sentinel.repairs.changed, -by*(share['A'] @ share['B']), -by*(share['a0'] @ share['B'])
     for name, delta in ((weight, dW if dim == 0 else dW.mT), (bias, db)):
         if name == bias and not db.any(): continue
         now = full_param(m, name).clone()
@@ -335,7 +345,7 @@ def _fits_ms(m, ms, plan_for, ids, tries=6):
         set_gates(twin, torch.where(plan_for(n), 0., gate_values(twin)))
         if n: compact(twin, check=False)
         return latency(twin, ids)
-    lo, hi = 0, m.sentinel_map.n_heads - 1
+    lo, hi = 0, m.sentinel.now.n_heads - 1
     best = timed(hi)
     if best > ms: raise ValueError(f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} tokens still takes {best:.1f} ms on {m.device}')
     for _ in range(tries):
@@ -371,15 +381,11 @@ def prune(
     "Close heads and repair what is left, in closed form. Nothing is changed if an argument is bad; `compact` removes them for real."
     job = _Job(amount, dict(params=params, kv_bytes=kv_bytes, flops=flops, ms=ms), batches, criterion, scope, repair, rounds, min_heads, protect,
                whole_groups, batch_size, ridge, context, seed, progress, optimizer)
-    fresh, m = not is_adaptive(model), base_model(model)
+    m = base_model(model)
     job.check(m)
-    adapt(model)
-    saved = job.snapshot(m)
-    try: return job.run(m)
-    except BaseException:
-        job.put_back(m, *saved)
-        if fresh: unadapt(m)
-        raise
+    with transaction(m, optimizer):
+        adapt(m)
+        return job.run(m)
 
 # %% ../nbs/03b_pruning.ipynb #c0033
 def _need(ok, what, allowed):
@@ -396,11 +402,11 @@ class _Job:
 @patch
 def check(self:_Job, m):
     "Raise before anything is changed."
-    hm = getattr(m, 'sentinel_map', None) or head_map(m)
+    hm = head_map(m)
     self.check_values(hm)
     if is_adaptive(m):
         _need(not is_merged(m), 'the gates are merged', 'unmerged gates: unmerge_gates(model) first')
-        _need(m.sentinel_config.mode == 'static', f'gates of mode {m.sentinel_config.mode!r}', 'static gates: harden_gates(model) first')
+        _need(m.sentinel.config.mode == 'static', f'gates of mode {m.sentinel.config.mode!r}', 'static gates: harden_gates(model) first')
     self.protect = torch.zeros(hm.shape, dtype=torch.bool)
     for l, h in self.protected:
         _need(0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < hm.sites[l].n_heads, f'protect: layer {l} head {h}', 'a head of the model')
@@ -454,42 +460,20 @@ def reachable(self:_Job, hm):
     _need(self.goal <= can + (step/2 if self.unit == 'heads' else 1e-6), what, f'up to {can:g}')
 
 # %% ../nbs/03b_pruning.ipynb #c0040
-@patch
-def snapshot(self:_Job, m):
-    "What a run changes: gates, memory of repairs, output projections."
-    lins = {s.layer: core_linear(s.out) for s in m.sentinel_map}
-    weights = {(l, n): p.detach().clone() for l, lin in lins.items() for n, p in lin.named_parameters(recurse=False)}
-    return gate_values(m), {k: dict(m.__dict__.get(k, {})) for k in ('sentinel_repairs', 'sentinel_predictors')}, weights
-
 def _tell_memory(m, leaving, stats, optimizer, step=None):
-    "Let an attached `HeadMemory` take what is about to leave."
-    memory, plan = m.__dict__.get('sentinel_memory'), _plan_of(m)
+    "Let an attached `HeadMemory` take what is about to be pruned."
+    memory, plan = m.sentinel.memory, m.sentinel.plan
     if memory is None: return
-    new = plan.full(leaving.float()) == 1 if hasattr(m, 'sentinel_plan') else leaving
+    new = plan.full(leaving.float()) == 1
     memory.remember(m, [tuple(x) for x in new.nonzero().tolist()], stats, optimizer, step)
 
 def _shut(m): return gate_values(m, effective=True) == 0
 
 # %% ../nbs/03b_pruning.ipynb #c0041
 @patch
-def put_back(self:_Job, m, gates, repairs, weights):
-    "Bring a snapshot back, after a trial or a run that was broken off."
-    set_gates(m, gates)
-    for s in m.sentinel_map:
-        lin = core_linear(s.out)
-        with torch.no_grad():
-            for n in ('weight', 'bias'):
-                old = weights.get((s.layer, n))
-                if old is not None: getattr(lin, n).copy_(old)
-                elif getattr(lin, n, None) is not None: setattr(lin, n, None)
-    for k, v in repairs.items():
-        if v: setattr(m, k, v)
-        else: m.__dict__.pop(k, None)
-
-@patch
 def run(self:_Job, m):
     "All rounds."
-    hm, start = m.sentinel_map, _shut(m)
+    hm, start = m.sentinel.now, _shut(m)
     if self.unit == 'ms':
         rank = torch.rand(hm.shape, generator=torch.Generator().manual_seed(self.seed))
         shape = lambda n: choose(hm, start, n, rank, None, 'heads', self.min_heads, self.protect, self.whole)
@@ -502,14 +486,14 @@ def run(self:_Job, m):
     name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, '__name__', 'function')
     plan.info |= dict(criterion=name, scope=self.scope, repair=self.repair, rounds=rounds, tokens=sum(b[0].numel() for b in self.batches),
                       unit=self.unit, **self.info)
-    m.sentinel_info = plan.info                                        # so that `compact` and a model card know
+    m.sentinel.plan.info = dict(plan.info)                             # so that `compact` and a model card know
     return plan
 
 # %% ../nbs/03b_pruning.ipynb #c0042
 @patch
 def one_round(self:_Job, m, goal, total):
     "Measure, choose, repair, close."
-    hm, closed = m.sentinel_map, _shut(m)
+    hm, closed = m.sentinel.now, _shut(m)
     if goal <= _saved(hm, closed, {s.layer: unit_cost(s, self.unit, self.context) for s in hm}): return
     text = [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in self.batches]
     stats = measure(m, text, self.needs(), repair=self.repair, progress=self.progress)
@@ -533,7 +517,7 @@ def choice(self:_Job, hm, stats, closed, goal, total, criterion):
 @patch
 def apply(self:_Job, m, stats, close, closed):
     _tell_memory(m, close & ~closed, stats, self.optimizer)
-    for s in m.sentinel_map:
+    for s in m.sentinel.now:
         new = (close & ~closed)[s.layer, :s.n_heads]
         if s.layer in stats.grams: repair_layer(m, s, new, stats.grams[s.layer], self.repair, self.lam)
     set_gates(m, torch.where(close & ~closed, 0., math.nan))
@@ -543,13 +527,14 @@ def apply(self:_Job, m, stats, close, closed):
 @torch.no_grad()
 def pick(self:_Job, m, stats, goal, total, candidates=('joint', 'fisher', 'taylor', 'obs', 'wanda', 'entropy')):
     closed, held = _shut(m), self.batches[-max(1, len(self.batches)//4):]
-    saved, memory = self.snapshot(m), m.__dict__.pop('sentinel_memory', None)       # trials are not remembered
+    memory, m.sentinel.memory = m.sentinel.memory, None                             # trials are not remembered
     res, to, n = {}, lambda x: None if x is None else x.to(m.device), sum(len(i) for i, _, _ in held)
     for c in candidates:
-        self.apply(m, stats, self.choice(m.sentinel_map, stats, closed, goal, total, c), closed)
-        with measuring(m): res[c] = float(sum(_loss(m(to(i), attention_mask=to(k)).logits, to(y)) for i, k, y in held)/n)
-        self.put_back(m, *saved)
-    if memory is not None: m.sentinel_memory = memory
+        with transaction(m) as trial:
+            self.apply(m, stats, self.choice(m.sentinel.now, stats, closed, goal, total, c), closed)
+            with measuring(m): res[c] = float(sum(_loss(m(to(i), attention_mask=to(k)).logits, to(y)) for i, k, y in held)/n)
+            trial.rollback()
+    m.sentinel.memory = memory
     best = min(res, key=res.get)
     self.info['auto'] = dict(picked=best, held_out_loss={k: round(v, 4) for k, v in res.items()}, why=f'lowest loss on {n} held-out blocks')
     return best
@@ -569,9 +554,9 @@ def close_heads(
     "Close these heads and repair what is left. Raises before anything is changed."
     _need(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
     m = base_model(adapt(model))
-    hm, leaving = m.sentinel_map, torch.zeros(m.sentinel_map.shape, dtype=torch.bool)
+    hm, leaving = m.sentinel.now, torch.zeros(m.sentinel.now.shape, dtype=torch.bool)
     for l, h in heads:
-        i = local_head(m, l, h) if 0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < int(_plan_of(m).exists[l].sum()) else None
+        i = local_head(m, l, h) if 0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < int(m.sentinel.plan.exists[l].sum()) else None
         _need(i is not None and not _shut(m)[l, i], f'layer {l} head {h}', 'a head that is open')
         leaving[l, i] = True
     if not leaving.any(): return HeadPlan.from_gates(m)
@@ -580,10 +565,11 @@ def close_heads(
         _check_free(hm)
         _need(stats is not None and stats.grams or batches is not None, 'neither batches nor moments', "batches=, or stats= with 'gram' measured")
         if stats is None or not stats.grams: stats = measure(m, batches, 'gram', progress=False)
-    _tell_memory(m, leaving, stats, optimizer, step)
-    for s in hm if repair != 'none' else ():
-        repair_layer(m, s, leaving[s.layer, :s.n_heads], _present(m, s, stats.grams[s.layer]), repair, ridge)
-    set_gates(m, torch.where(leaving, 0., math.nan))
+    with transaction(m, optimizer):
+        _tell_memory(m, leaving, stats, optimizer, step)
+        for s in hm if repair != 'none' else ():
+            repair_layer(m, s, leaving[s.layer, :s.n_heads], _present(m, s, stats.grams[s.layer]), repair, ridge)
+        set_gates(m, torch.where(leaving, 0., math.nan))
     return HeadPlan.from_gates(m)
 
 def _present(m, site, gram):

@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'INITS', 'observe', 'wish', 'procrustes', 'drawn', 'str
 
 # %% ../nbs/04b_regrow.ipynb #c0003
 import math, warnings, torch
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from .heads import UnsupportedArchitecture, base_model, core_linear
 from .gates import adapt, gate_values, set_gates, _need_adaptive
 from .measure import HeadStats, measure
-from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, _plan_of, _ready
+from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, _ready
+from .state import transaction, will_write
 from .pruning import out_weight, repair_share, shift_repair, _check_free
 from .memory import read_head, sole, write_head
 from .unet import mirror
@@ -30,19 +31,19 @@ def observe(
 ) -> HeadStats: # In the original model's numbering, removed heads included
     "Measure every head that the original model has. The model is left as it was."
     m = base_model(adapt(model))
-    if not hasattr(m, 'sentinel_plan'): return measure(m, batches, what, batch_size, progress=progress)
-    with _attached(m, (m.sentinel_plan.exists & ~m.sentinel_plan.keep).nonzero().tolist()): return measure(m, batches, what, batch_size, progress=progress)
+    if not m.sentinel.compact: return measure(m, batches, what, batch_size, progress=progress)
+    with _attached(m, (m.sentinel.plan.exists & ~m.sentinel.plan.keep).nonzero().tolist()): return measure(m, batches, what, batch_size, progress=progress)
 
 @contextmanager
-def _attached(m, heads, optimizer=None, stay=False):
-    "Removed heads behind closed gates, until the context ends; with `stay` only an error takes them away again."
-    plan, removed, failed = m.sentinel_plan, {n: dict(r) for n, r in m.sentinel_removed.items()}, True
-    reattach(m, heads, optimizer, blank=True)
-    try: yield m; failed = False
-    finally:
-        if failed or not stay:
-            compact(m, plan, optimizer, check=False)
-            m.sentinel_removed = removed                           # as it was: what was blank isn't known, moments are there
+def _attached(m, heads):
+    "Removed heads behind closed gates, until the context ends."
+    state = m.sentinel
+    plan, stash = state.plan, {n: dict(r) for n, r in state.stash.items()}
+    with transaction(m):
+        reattach(m, heads, blank=True)
+        yield m
+        compact(m, plan, check=False)
+        state.stash = stash                            # as it was: what was blank isn't known
 
 # %% ../nbs/04b_regrow.ipynb #c0012
 STRATEGIES = ('gradient', 'mirror', 'entropy_gap', 'balanced', 'random')
@@ -128,8 +129,8 @@ def strength(
 ) -> Float[Tensor, 'l h']: # In the numbering of the original model; NaN where no open head exists
     "How strong each open head is: the norm of its output columns times that of its value rows."
     m = _need_adaptive(model)
-    gates, t = gate_values(m, effective=True), torch.full(_plan_of(m).keep.shape, math.nan)
-    for s in m.sentinel_map:
+    gates, t = gate_values(m, effective=True), torch.full(m.sentinel.plan.keep.shape, math.nan)
+    for s in m.sentinel.now:
         for i, h in enumerate(original_heads(m, s.layer)):
             if gates[s.layer, i] > 0:
                 t[s.layer, h] = math.prod(v.float().norm().item() for (n, p), v in read_head(s, i)[0].items() if p in 'vo' and n.endswith('weight'))
@@ -164,20 +165,23 @@ class Regrowth:
     def step(self) -> bool: # Is there more to come?
         "One optimiser step further. A head whose gate somebody else has changed, or that was removed, is left alone from then on."
         if self.done: return False
-        then, self.t = self.share(self.t), self.t + 1
-        self._lead(then, self.share(self.t))
+        t = self.t
+        with transaction(self.model):
+            self._lead(self.share(t), self.share(t + 1))
+            self.t = t + 1
         return not self.done
 
     def _lead(self, then, now):
-        m = base_model(self.model)
+        m, stopped = base_model(self.model), list(self.stopped)
         gates = gate_values(m)
         for (l, h), g in self.target.items():
             i = local_head(m, l, h)
-            if (l, h) in self.stopped or i is None or abs(float(gates[l, i]) - then*g) > 1e-6:
-                if (l, h) not in self.stopped: self.stopped.append((l, h))
+            if (l, h) in stopped or i is None or abs(float(gates[l, i]) - then*g) > 1e-6:
+                if (l, h) not in stopped: stopped.append((l, h))
                 continue
             set_gates(m, {(l, i): now*g})
             if self.shares[l, h] is not None: shift_repair(m, l, self.shares[l, h], now - then)
+        self.stopped = stopped
 
     def __repr__(self): return f'Regrowth of {len(self.target)} heads, step {self.t} of {self.warmup}: {self.info}'
     def _repr_markdown_(self):
@@ -234,20 +238,21 @@ def regrow(
     _ready(model, optimizer)
     job = _Seed(m, init, stats, optimizer, alpha, seed, _exact_layers(m, heads) if warmup == 0 and init == 'memory' else {})
     removed = [x for x in heads if local_head(m, *x) is None]
-    with _attached(m, removed, optimizer, stay=True) if removed else nullcontext():
+    info = dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed)
+    with transaction(m, optimizer):
+        if removed: reattach(m, removed, optimizer, blank=True)
         known = {k: job.known(k, k in removed) for k in heads}
         job.check(known)
-    shares = {k: job.plant(k, known[k]) for k in sorted(heads, key=job.left, reverse=True)}
-    target = {k: job.gate(k, gate) for k in heads}
-    info = dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed)
-    res = Regrowth(model, {k: shares[k] for k in heads}, target, max(1, warmup), info)
-    if warmup == 0: res.step(); job.settle(); res.warmup = 0
+        shares = {k: job.plant(k, known[k]) for k in sorted(heads, key=job.left, reverse=True)}
+        target = {k: job.gate(k, gate) for k in heads}
+        res = Regrowth(model, {k: shares[k] for k in heads}, target, max(1, warmup), info)
+        if warmup == 0: res.step(); job.settle(); res.warmup = 0
     return res
 
 # %% ../nbs/04b_regrow.ipynb #c0029
 def _pick(m, amount, batches, strategy, stats, seed, init):
     plan = HeadPlan.from_gates(m)
-    closed, agency = plan.exists & ~plan.keep, m.__dict__.get('sentinel_agency')
+    closed, agency = plan.exists & ~plan.keep, m.sentinel.agency
     if isinstance(amount, (list, tuple)):
         heads = list(dict.fromkeys((int(l), int(h)) for l, h in amount))
         for l, h in heads:
@@ -273,7 +278,7 @@ def _pick(m, amount, batches, strategy, stats, seed, init):
 # %% ../nbs/04b_regrow.ipynb #c0030
 def _possible(m, heads, init, warmup):
     "Raise where an architecture can't take a head made this way."
-    origin = getattr(m, 'sentinel_origin', None) or m.sentinel_map
+    origin = m.sentinel.built
     for l in dict.fromkeys(l for l, _ in heads):
         s, where = origin[l], f'layer {l} ({type(origin[l].attn).__name__})'
         if init != 'memory': _check_free(origin)
@@ -282,7 +287,7 @@ def _possible(m, heads, init, warmup):
                 f"{where}: a head can't be copied alone, as a norm or a mask is made of all heads; use init='memory' or 'zero'")
             if s.slopes and not warmup: raise ValueError(
                 f'{where}: each head has a slope of its own (ALiBi), so a copy differs from its donor; give warmup=, which starts without a change')
-            if m.sentinel_map.sites[l] is None or not (gate_values(m, effective=True)[l] > 0).any(): raise ValueError(
+            if m.sentinel.now.sites[l] is None or not (gate_values(m, effective=True)[l] > 0).any(): raise ValueError(
                 f"{where} has no open head that could be split; use init='memory', 'zero' or 'random'")
 
 # %% ../nbs/04b_regrow.ipynb #c0032
@@ -294,12 +299,12 @@ class _Seed:
     back: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.gen, self.memory = torch.Generator().manual_seed(self.seed), self.m.__dict__.get('sentinel_memory')
+        self.gen, self.memory = torch.Generator().manual_seed(self.seed), self.m.sentinel.memory
         known = self.stats is not None and 'use' in self.stats.tables
         self.strong = self.stats['use'] if known else strength(self.m) if self.init in ('unet', 'split') else None
     def left(self, key):
         "When it left: its place among all that were repaired for."
-        order = list(self.m.__dict__.get('sentinel_predictors', {}))
+        order = list(self.m.sentinel.repairs.predictors)
         return order.index(key) if key in order else -1
 
     def gate(self, key, default):
@@ -320,7 +325,7 @@ class _Seed:
                 f"layer {key[0]} head {key[1]} isn't remembered: its weights were released or not saved; use init='split', 'zero' or 'random'"
                 + (", or 'unet'" if self.init == 'memory' else ''))
 
-    def site(self, key): return self.m.sentinel_map[key[0]], local_head(self.m, *key)
+    def site(self, key): return self.m.sentinel.now[key[0]], local_head(self.m, *key)
 
     def recall(self, key, site, i):
         "Write the remembered head, unless what is there would be remembered as the very same."
@@ -343,14 +348,14 @@ def plant(self:_Seed, key, known):
         if self.init == 'unet': self.blend(site, i, known)
         self.back.append(key)
         return share
-    self.m.__dict__.get('sentinel_predictors', {}).pop(key, None)     # another head lives here now; what others took over stays
+    self.m.sentinel.repairs.predictors.pop(key, None)     # another head lives here now; what others took over stays
     return self.split(site, i) if self.init == 'split' else self.draw(site, i)
 
 # %% ../nbs/04b_regrow.ipynb #c0034
 @patch
 def unlearn(self:_Seed, key, share):
     "Later heads that had taken over a part of this one lose it, in their own memory too."
-    recs = self.m.__dict__.get('sentinel_predictors', {})
+    recs = self.m.sentinel.repairs.predictors
     if share is None: return
     order, d = list(recs), share['a0'].shape[0]
     for k in order[order.index(key)+1:]:
@@ -374,14 +379,16 @@ def forget_moments(self:_Seed, site, i):
     for name, dim, idx, part in head_slices(site, i):
         p = site.attn.get_parameter(name)
         for v in self.optimizer.state.get(p, {}).values():
-            if isinstance(v, Tensor) and v.ndim and v.shape == p.shape and (part in 'qo' or sole(self.m, site, i)): v.index_fill_(dim, idx.to(v.device), 0)
+            if isinstance(v, Tensor) and v.ndim and v.shape == p.shape and (part in 'qo' or sole(self.m, site, i)):
+                will_write(v)
+                v.index_fill_(dim, idx.to(v.device), 0)
 
 # %% ../nbs/04b_regrow.ipynb #c0036
 @patch
 def mirror(self:_Seed, site):
     "The mirrored layer's strongest open head, or None."
-    l = len(self.m.sentinel_map) - 1 - site.layer
-    other = self.m.sentinel_map.sites[l] if l != site.layer else None
+    l = len(self.m.sentinel.now) - 1 - site.layer
+    other = self.m.sentinel.now.sites[l] if l != site.layer else None
     i = None if other is None else _strongest(self.m, other, self.strong)
     return None if i is None else (other, i)
 
@@ -415,14 +422,14 @@ def split(self:_Seed, site, i):
     write_head(site, i, values, parts='qo' if open_mates else 'qkvo')
     self.forget_moments(site, i)
     ids, d = original_heads(self.m, site.layer), site.head_dim
-    A = W.new_zeros(int(_plan_of(self.m).exists[site.layer].sum())*d, d, dtype=torch.float32)
+    A = W.new_zeros(int(self.m.sentinel.plan.exists[site.layer].sum())*d, d, dtype=torch.float32)
     A[ids[donor]*d:(ids[donor]+1)*d] = torch.diag(r.flatten().float())
     return dict(A=A, a0=A.new_zeros(d), B=W.float())
 
 # %% ../nbs/04b_regrow.ipynb #c0039
 def _exact_layers(m, heads):
     "Layers that will be as they were: untouched since repair, and every head that left comes back. With the values to restore."
-    reps, recs, res = m.__dict__.get('sentinel_repairs', {}), m.__dict__.get('sentinel_predictors', {}), {}
+    reps, recs, res = m.sentinel.repairs.changed, m.sentinel.repairs.predictors, {}
     for l in dict.fromkeys(l for l, _ in heads):
         if {k for k in recs if k[0] == l} - set(heads): continue
         names = [n for n in out_weight(m, l)[:2] if n in reps]
@@ -435,7 +442,7 @@ def settle(self:_Seed):
     "Bring exact layers back bit for bit."
     for l, values in self.exact.items():
         for name, old in values.items():
-            self.m.sentinel_repairs.pop(name)
+            self.m.sentinel.repairs.changed.pop(name)
             if old is not None: put_full(self.m, name, old); continue
             path, _, leaf = name.rpartition('.')
             setattr(core_linear(self.m.get_submodule(path)), leaf, None)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig
 from .heads import base_model, core_linear, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
+from .state import RepairLog
 from .surgery import HeadPlan, full_param, replay, _size, _unwire, _wire
 from .memory import HeadMemory
 from .unet import add_skips
@@ -103,8 +104,8 @@ class SentinelForCausalLM:
         if lost: raise ValueError(f'{path}: weights and plan do not fit each other; {len(lost)} weights are missing, left over or of another '
                                   f'shape, the first: {lost[0]}')
         model.__class__ = adaptive_class(_base_type(config))
-        for site in model.sentinel_map:                       # transformers makes parameters anew, and all of them trainable
-            site.attn.sentinel.gate.requires_grad_(model.sentinel_config.mode == 'learned')
+        for site in model.sentinel.now:                       # transformers makes parameters anew, and all of them trainable
+            site.attn.sentinel.gate.requires_grad_(model.sentinel.config.mode == 'learned')
         _rewire(model)
         if config.agency is not None: Agency.from_dict(config.agency).attach(model)
         _recall(model, path, hub)
@@ -120,15 +121,15 @@ def _from_config(cls:SentinelForCausalLM, config, **kwargs):
 # %% ../nbs/07a_saving.ipynb #c0019
 def _rewire(m):
     "Make the layers' index tables anew: transformers overwrites buffers that no checkpoint holds."
-    m.sentinel_map.n_params = _size(m)                              # tied weights were two when the model was built
-    if not hasattr(m, 'sentinel_plan'): return
+    m.sentinel.now.n_params = _size(m)                              # tied weights were two when the model was built
+    if not m.sentinel.compact: return
     gone = sum((r['size'] - p.shape[r['dim']])*math.prod(n for d, n in enumerate(p.shape) if d != r['dim'])
-               for name, r in m.sentinel_removed.items() for p in [m.get_parameter(name)])
-    m.sentinel_origin.n_params = _size(m) + gone
-    for s0, s1, keep in zip(m.sentinel_origin.sites, m.sentinel_map.sites, m.sentinel_plan.keep):
+               for name, r in m.sentinel.stash.items() for p in [m.get_parameter(name)])
+    m.sentinel.built.n_params = _size(m) + gone
+    for s0, s1, keep in zip(m.sentinel.built.sites, m.sentinel.now.sites, m.sentinel.plan.keep):
         if s0 is None or not hasattr(s0.inner, 'sentinel_wiring'): continue
         _unwire(s0)
-        _wire(s0, s1, keep.nonzero().flatten().tolist(), s0.layer in m.sentinel_plan.columns)
+        _wire(s0, s1, keep.nonzero().flatten().tolist(), s0.layer in m.sentinel.plan.columns)
 
 # %% ../nbs/07a_saving.ipynb #c0020
 AutoConfig.register('sentinel', SentinelConfig, exist_ok=True)
@@ -139,12 +140,12 @@ AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True
 def _plain(m):
     "Is there nothing that a plain checkpoint couldn't say?"
     g = gate_values(m)
-    if hasattr(m, 'sentinel_plan') or hasattr(m, 'sentinel_skips') or 'sentinel_agency' in m.__dict__ or _extra_biases(m): return False
-    return is_merged(m) or m.sentinel_config.mode == 'static' and bool(((g == 1) | g.isnan()).all())
+    if m.sentinel.compact or hasattr(m, 'sentinel_skips') or m.sentinel.agency is not None or _extra_biases(m): return False
+    return is_merged(m) or m.sentinel.config.mode == 'static' and bool(((g == 1) | g.isnan()).all())
 
 def _extra_biases(m):
     "Output projections that repair gave a bias which the architecture's class, built from the config, doesn't have."
-    now = {f'{s.path}.{s.out_name}' for s in getattr(m, 'sentinel_origin', m.sentinel_map) if getattr(core_linear(s.out), 'bias', None) is not None}
+    now = {f'{s.path}.{s.out_name}' for s in m.sentinel.built if getattr(core_linear(s.out), 'bias', None) is not None}
     if not now: return []
     with torch.device('meta'): twin = _base_class(m)(m.config)
     return sorted(n for n in now if getattr(core_linear(twin.get_submodule(n)), 'bias', None) is None)
@@ -156,10 +157,10 @@ def sentinel_config(
     "The config under which an adapted model is saved."
     m = base_model(model)
     base = m.config.to_dict()
-    plan = m.sentinel_plan.to_dict() if hasattr(m, 'sentinel_plan') else None
-    cfg = SentinelConfig(base, _base_class(m).__name__, plan, asdict(m.sentinel_config), _extra_biases(m),
+    plan = m.sentinel.plan.to_dict() if m.sentinel.compact else None
+    cfg = SentinelConfig(base, _base_class(m).__name__, plan, asdict(m.sentinel.config), _extra_biases(m),
                          m.sentinel_skips.config() if hasattr(m, 'sentinel_skips') else None,
-                         m.__dict__['sentinel_agency'].to_dict() if 'sentinel_agency' in m.__dict__ else None)
+                         m.sentinel.agency.to_dict() if m.sentinel.agency is not None else None)
     for k in ('bos_token_id', 'eos_token_id', 'pad_token_id', 'tie_word_embeddings', 'vocab_size'):
         if hasattr(m.config, k): setattr(cfg, k, getattr(m.config, k))
     cfg.dtype = m.dtype
@@ -205,7 +206,7 @@ def save_pretrained(self:AdaptiveMixin,
         if main: _write(d/'README.md', model_card(self))
     if main:
         _save_memory(self, d/_MEMORY) if memory else (d/_MEMORY).unlink(missing_ok=True)
-        heads = self.__dict__.get('sentinel_memory') if memory else None
+        heads = self.sentinel.memory if memory else None
         (d/_HEADS).unlink(missing_ok=True) if heads is None else heads.save(d/_HEADS)
     if push_to_hub and main: _upload(d, repo_id or d.name, kwargs.get('token'))
 
@@ -213,15 +214,15 @@ def save_pretrained(self:AdaptiveMixin,
 def _save_memory(m, path):
     from safetensors.torch import save_file
     t, info = {}, {}
-    for name, r in getattr(m, 'sentinel_removed', {}).items():
+    for name, r in m.sentinel.stash.items():
         if not r.get('parts'): continue
         info[name] = dict(dim=r['dim'], size=r['size'])
         for i, (idx, part) in enumerate(r['parts']): t[f'removed/{name}/{i}/index'], t[f'removed/{name}/{i}/part'] = idx, part
-    for name, (old, new) in m.__dict__.get('sentinel_repairs', {}).items():
+    for name, (old, new) in m.sentinel.repairs.changed.items():
         if old is not None: t[f'repair/{name}/old'] = old
         if not torch.equal(full_param(m, name), new): t[f'repair/{name}/new'] = new
         info.setdefault('repaired', []).append(name)
-    for i, ((l, h), r) in enumerate(m.__dict__.get('sentinel_predictors', {}).items()):
+    for i, ((l, h), r) in enumerate(m.sentinel.repairs.predictors.items()):
         t |= {f'predictor/{i}/{k}': v for k, v in r.items()}
         info.setdefault('predictors', []).append([l, h])
     if not info: return path.unlink(missing_ok=True)
@@ -243,15 +244,14 @@ def _recall(m, path, hub):
         if (v := int(meta.get('sentinel_memory', 0))) > FORMAT:
             raise ValueError(f'{f}: format {v}; this version reads up to {FORMAT}; pip install -U sentinel-ai')
         info, keys = json.loads(meta['info']), list(st.keys())
-        for name, r in getattr(m, 'sentinel_removed', {}).items():
+        for name, r in m.sentinel.stash.items():
             if name not in info: continue
             n = sum(k.startswith(f'removed/{name}/') for k in keys)//2
             r['parts'] = [(st.get_tensor(f'removed/{name}/{i}/index'), st.get_tensor(f'removed/{name}/{i}/part')) for i in range(n)]
         get = lambda k, default: st.get_tensor(k) if k in keys else default()
         rep = {n: (get(f'repair/{n}/old', lambda: None), get(f'repair/{n}/new', lambda: full_param(m, n).clone())) for n in info.get('repaired', ())}
         predictors = {(l, h): {k: st.get_tensor(f'predictor/{i}/{k}') for k in ('T', 't0', 'W')} for i, (l, h) in enumerate(info.get('predictors', ()))}
-    if rep: m.sentinel_repairs = rep
-    if predictors: m.sentinel_predictors = predictors
+    m.sentinel.repairs = RepairLog(rep, predictors)
 
 # %% ../nbs/07a_saving.ipynb #c0038
 def model_card(
@@ -259,7 +259,7 @@ def model_card(
 ) -> str: # Markdown
     "The README of a saved model: what it is, what was pruned and how, how to load it."
     m = base_model(model)
-    plan = getattr(m, 'sentinel_plan', None) or HeadPlan.from_gates(m)
+    plan = m.sentinel.plan if m.sentinel.compact else HeadPlan.from_gates(m)
     info = '\n'.join(f'| {k} | {v} |' for k, v in plan.info.items())
     name = getattr(m.config, '_name_or_path', '') or m.config.model_type
     name = m.config.model_type if os.path.isabs(name) else name
@@ -269,7 +269,7 @@ library_name: transformers
 tags: [sentinel-ai, pruning]
 pipeline_tag: text-generation
 ---
-# {Path(name).name}, {plan.removed} of {int(plan.exists.sum())} attention heads {'removed' if hasattr(m, 'sentinel_plan') else 'closed'}
+# {Path(name).name}, {plan.removed} of {int(plan.exists.sum())} attention heads {'removed' if m.sentinel.compact else 'closed'}
 
 {n:,} parameters, {sum(plan.heads())} attention heads with {sum(plan.kv_heads())} key/value heads ({plan.share:.0%} of the heads removed). Read it with
 
@@ -279,7 +279,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained('this folder')
 ```
 
-{'`sentinel_ai.expand(model)` brings the removed heads back if `' + _MEMORY + '` lies beside the weights.' if hasattr(m, 'sentinel_plan') else ''}
+{'`sentinel_ai.expand(model)` brings the removed heads back if `' + _MEMORY + '` lies beside the weights.' if m.sentinel.compact else ''}
 
 ## How it was pruned
 

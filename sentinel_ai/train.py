@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from .heads import UNITS
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
                                lowest, set_gates, _settings)
-from .surgery import HeadPlan, compact, head_slices, original_heads, _plan_of
+from .surgery import HeadPlan, compact, head_slices, original_heads
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
@@ -68,13 +68,13 @@ class GateCallback(TrainerCallback):
 def sentinel_parameters(model:nn.Module) -> list: # Those that are trained
     "Gates and multipliers of an adapted model."
     m = base_model(model)
-    mine = [s.attn.sentinel for s in m.sentinel_map] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
+    mine = [s.attn.sentinel for s in m.sentinel.now] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
     return [p for s in mine for p in s.parameters() if p.requires_grad]
 
 @patch
 def on_pre_optimizer_step(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
-    if m.sentinel_config.mode == 'static': return
+    if m.sentinel.config.mode == 'static': return
     mine = sentinel_parameters(m)
     for p, g in zip(mine, torch.autograd.grad(gate_penalty(m, state.global_step), mine, allow_unused=True)):
         if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)    # a backward() would run DDP's hooks outside its own
@@ -82,15 +82,15 @@ def on_pre_optimizer_step(self:GateCallback, args, state, control, model=None, *
 @patch
 def on_optimizer_step(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
-    if m.sentinel_config.mode != 'learned': return
+    if m.sentinel.config.mode != 'learned': return
     with torch.no_grad():  # Adam can overshoot; a gate beyond [0, 1] would answer late
-        for s in m.sentinel_map: s.attn.sentinel.gate.clamp_(0, 1)
+        for s in m.sentinel.now: s.attn.sentinel.gate.clamp_(0, 1)
 
 # %% ../nbs/10_train.ipynb #c0014
 @patch
 def on_step_end(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
-    if m.sentinel_config.mode != 'static' and state.global_step >= self.close_step:
+    if m.sentinel.config.mode != 'static' and state.global_step >= self.close_step:
         self.record(m, state.global_step - 1)
         harden_gates(m)
         if kwargs.get('optimizer') is not None: sync_optimizer(kwargs['optimizer'], m)
@@ -106,8 +106,8 @@ _RECORD = 'sentinel_gates.json'
 def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs):
     m = base_model(model)
     if not is_adaptive(m): raise TypeError(f'{type(m).__name__} has no gates; call adapt(model) before training')
-    if m.sentinel_config.mode != 'static' and not sentinel_parameters(m): raise ValueError(
-        f"gates are {m.sentinel_config.mode}, but none is trainable: an adapter freezes all that isn't its own. Call requires_grad_() on the model's "
+    if m.sentinel.config.mode != 'static' and not sentinel_parameters(m): raise ValueError(
+        f"gates are {m.sentinel.config.mode}, but none is trainable: an adapter freezes all that isn't its own. Call requires_grad_() on the model's "
         "parameters whose names end in log_alpha, lambda1, lambda2 or sentinel.gate")
     self.close_step = max(1, round(self.learn*state.max_steps))
     given = args.resume_from_checkpoint
@@ -116,7 +116,7 @@ def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs
     elif state.global_step and old.exists():
         d = json.loads(old.read_text())
         self.steps, self.gates = d['steps'], [torch.tensor(g, dtype=torch.float32) for g in d['gates']]
-    if state.global_step >= self.close_step and m.sentinel_config.mode != 'static': adapt(m, GateConfig(dtype=m.sentinel_config.dtype))
+    if state.global_step >= self.close_step and m.sentinel.config.mode != 'static': adapt(m, GateConfig(dtype=m.sentinel.config.dtype))
     if not self.steps: self.record(m, state.global_step)
 
 @patch
@@ -163,7 +163,7 @@ class AdaptiveTrainerMixin:
         m = base_model(self.model)
         if 'loss' in logs and is_adaptive(m):
             logs |= dict(open_heads=open_heads(m))
-            if m.sentinel_config.sparsity is not None:
+            if m.sentinel.config.sparsity is not None:
                 logs |= dict(closed_share=round(closed_share(m).item(), 4), lambda1=round(m.sentinel_budget.lambda1.item(), 4))
         return super().log(logs, *args, **kwargs)
 
@@ -312,7 +312,7 @@ def close_random(
     seed:int=0, # Of the draw
 ) -> nn.Module: # The same model
     "Close a random share of the heads."
-    hm = base_model(model).sentinel_map
+    hm = base_model(model).sentinel.now
     scores = torch.rand(hm.shape, generator=torch.Generator().manual_seed(seed))
     close = lowest(hm, torch.where(hm.table().isnan(), math.nan, scores), sparsity, unit)
     return set_gates(model, torch.where(close, 0., math.nan))
@@ -345,7 +345,7 @@ def n_steps(args:TrainingArguments, n_blocks:int) -> int: # Optimiser steps of t
 def _measured(trainer, metrics=None):
     m = base_model(trainer.model)
     loss = (metrics or trainer.evaluate())['eval_loss']
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), open=open_heads(m), heads=m.sentinel_map.n_heads)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), open=open_heads(m), heads=m.sentinel.now.n_heads)
 
 # %% ../nbs/10_train.ipynb #c0044
 def train_gates(
@@ -408,7 +408,7 @@ class HeadLR:
         if schedule is not None and not (len(schedule) == 2 and schedule[0] >= 0 and schedule[1] >= 1): raise ValueError(
             f'schedule={schedule!r}: allowed is (factor of 0 or more, steps of 1 or more)')
         self.model, self.schedule, self.boosts, self._map, self._cut = base_model(model), schedule, {}, None, []
-        self.multipliers = _multipliers(_plan_of(self.model).exists, multipliers)
+        self.multipliers = _multipliers(self.model.sentinel.plan.exists, multipliers)
         self.hooks = [unwrapped(optimizer).register_step_pre_hook(self._before), unwrapped(optimizer).register_step_post_hook(self._after)]
 
 @patch
@@ -444,13 +444,13 @@ def load_state_dict(self:HeadLR, d):
 def _index(self:HeadLR):
     "For each parameter: along which dimension, indices, and the layer, head and present gate that each index belongs to."
     found = {}
-    for s in self.model.sentinel_map:
+    for s in self.model.sentinel.now:
         for i, h in enumerate(original_heads(self.model, s.layer)):
             for name, dim, idx, part in head_slices(s, i):
                 p = s.attn.get_parameter(name)
                 found.setdefault(id(p), (p, dim, []))[2].append((idx, torch.tensor([[s.layer, h, i, part in 'kv']]).expand(len(idx), 4)))
     self._rows = [(p, dim, *map(torch.cat, zip(*rows))) for p, dim, rows in found.values()]
-    self._map = self.model.sentinel_map
+    self._map = self.model.sentinel.now
 
 # %% ../nbs/10_train.ipynb #c0067
 @patch
@@ -471,8 +471,8 @@ def _vectors(self:HeadLR):
 # %% ../nbs/10_train.ipynb #c0069
 @patch
 def _before(self:HeadLR, *_):
-    key = tuple(s.attn.sentinel.gate._version for s in self.model.sentinel_map)
-    if self._map is not self.model.sentinel_map: self._index(); self._key = None
+    key = tuple(s.attn.sentinel.gate._version for s in self.model.sentinel.now)
+    if self._map is not self.model.sentinel.now: self._index(); self._key = None
     if self._key != key or self.boosts: self._cut, self._key = self._vectors(), key
     self._old = [p.detach().index_select(dim, at) for p, dim, at, _ in self._cut]
 
@@ -541,13 +541,13 @@ def attach(self:Plasticity,
     "Get to know the model, before its first step. A `HeadMemory` is attached where regrowth wants one."
     m, opt = base_model(adapt(model)), unwrapped(optimizer)
     if m is self.model and opt is self.optimizer: return self
-    if m.sentinel_config.mode != 'static': raise ValueError(
-        f'gates of mode {m.sentinel_config.mode!r} are being learned, so no controller can set them; harden_gates(model) first, or use GateCallback')
+    if m.sentinel.config.mode != 'static': raise ValueError(
+        f'gates of mode {m.sentinel.config.mode!r} are being learned, so no controller can set them; harden_gates(model) first, or use GateCallback')
     if self.rates is not None: self.rates.remove()
     self.model, self.optimizer, self.scheduler = m, opt, scheduler
-    if self.regrow['init'] in ('memory', 'unet') and 'sentinel_memory' not in m.__dict__: HeadMemory().attach(m)
+    if self.regrow['init'] in ('memory', 'unet') and m.sentinel.memory is None: HeadMemory().attach(m)
     if (mine := self.agency) is not None:
-        if (old := m.__dict__.get('sentinel_agency')) is None: mine.attach(m)
+        if (old := m.sentinel.agency) is None: mine.attach(m)
         elif old.log is None: old.log = mine.log                     # a checkpoint brought its agency back
     self.rates = None if self.head_lr is None else HeadLR(opt, m, **self.head_lr)
     return self
@@ -586,9 +586,9 @@ def cycle(self:Plasticity, step:int) -> dict:
     t, m, opt = time.perf_counter(), self.model, self.optimizer
     batches = self.batches(step) if callable(self.batches) else self.batches
     stats, plan = self.look(batches), self.in_force()
-    if (agency := m.__dict__.get('sentinel_agency')) is not None: agency.update(stats, step); plan = self.in_force()
+    if (agency := m.sentinel.agency) is not None: agency.update(stats, step); plan = self.in_force()
     asked = self.controller.decide(stats, plan, step)
-    asked.check(getattr(m, 'sentinel_origin', None) or m.sentinel_map)
+    asked.checkm.sentinel.built
     pairs = lambda t: [tuple(x) for x in t.nonzero().tolist()]
     closed = [h for h in pairs(plan.keep & ~asked.keep) if h not in self.returning()]
     opened = pairs(asked.keep & ~plan.keep)
@@ -608,7 +608,7 @@ def cycle(self:Plasticity, step:int) -> dict:
 def look(self:Plasticity, batches):
     "Measure what the controller needs, and what repair and agency need besides."
     what = {*getattr(self.controller, 'needs', ('entropy', 'gradient', 'use')), 'gradient', *(['gram'] if self.prune['repair'] != 'none' else [])}
-    if 'sentinel_agency' in self.model.__dict__: what |= {'use'}
+    if self.model.sentinel.agency is not None: what |= {'use'}
     return observe(self.model, batches, what, self.batch_size)
 
 @patch
@@ -620,7 +620,7 @@ def bring_back(self:Plasticity, heads, batches, stats, step):
 @patch
 def cut_out(self:Plasticity):
     "Cut closed heads out, those on their way back excepted."
-    plan, now = self.in_force(), _plan_of(self.model)
+    plan, now = self.in_force(), self.model.sentinel.plan
     if torch.equal(plan.keep, now.keep): return False
     compact(self.model, plan, self.optimizer, check=False)
     return True

@@ -21,7 +21,6 @@ from jaxtyping import Float
 from .heads import base_model
 from .gates import gate_values
 from .measure import HeadStats
-from .surgery import _plan_of
 from .unet import plot_pathways
 
 # %% ../nbs/11_viz.ipynb #c0007
@@ -294,7 +293,7 @@ def open_gates(
     model:nn.Module, # An adapted model, compact or not
 ) -> Float[Tensor, 'l h']: # NaN for heads that were cut out or never were
     "The gates in force, in the numbering of the original model."
-    return _plan_of(base_model(model)).full(gate_values(model, effective=True))
+    return base_model(model).sentinel.plan.full(gate_values(model, effective=True))
 
 def plot_evolution(
     stages:dict, # Name of a stage to its gates `[l, h]`, in the order of time; later ones may have more heads

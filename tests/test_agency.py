@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 def attached(name, dtype=torch.float32, **kw):
     model, agency = build(name, dtype), Agency(**kw)
-    assert agency.attach(model) is model and model.sentinel_agency is agency
+    assert agency.attach(model) is model and model.sentinel.agency is agency
     return model, agency
 
 
@@ -44,7 +44,7 @@ def test_attached_changes_no_bit(name):
     assert torch.equal(logits(model), want) and torch.equal(greedy(model), tokens)
     assert not [k for k in model.state_dict() if 'factor' in k]
     agency.detach()
-    assert all(s.attn.sentinel.factor is None for s in model.sentinel_map) and 'sentinel_agency' not in model.__dict__
+    assert all(s.attn.sentinel.factor is None for s in model.sentinel.now) and model.sentinel.agency is None
     assert torch.equal(logits(model), want)
     assert type(unadapt(model)) is plain and model.state_dict().keys() == keys
 
@@ -95,7 +95,7 @@ def test_half_precision(name, dtype):
     agency.set_state((0, 1), 'overloaded', 'test')
     assert torch.equal(logits(model), logits(set_gates(adapt(build(name, dtype)), {(0, 1): .5})))
     model.float()
-    for s in model.sentinel_map: assert s.attn.sentinel.factor.dtype == s.attn.sentinel.gate.dtype
+    for s in model.sentinel.now: assert s.attn.sentinel.factor.dtype == s.attn.sentinel.gate.dtype
     agency.sync()
     assert gate_values(model, effective=True)[0, 1] == .5
 
@@ -105,7 +105,7 @@ def test_copies_have_an_agency_of_their_own(name):
     model, agency = attached(name)
     agency.withdraw((0, 1), 'test')
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(agency).model):
-        a = twin.sentinel_agency
+        a = twin.sentinel.agency
         assert a is not agency and a.model is twin and twin is not model
         assert torch.equal(logits(twin), logits(model))
         a.grant((0, 1), 'in the copy')
@@ -120,11 +120,11 @@ def test_part_of_the_heads_returns(name):
     agency.withdraw([(0, 0), (0, 2)], 'test')
     agency.set_state((0, 3), 'overloaded', 'test')
     compact(model)
-    assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., .5]
+    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., .5]
     reattach(model, [(0, 2)])
-    assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., 0., .5]
+    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., 0., .5]
     agency.grant([(0, 0), (0, 2)], 'test')
-    assert model.sentinel_map[0].attn.sentinel.factor.tolist() == [1., 1., .5]
+    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., 1., .5]
 
 
 @pytest.mark.parametrize('mode', ['learned', 'hard_concrete'])
@@ -136,7 +136,7 @@ def test_gates_that_are_learned(mode):
     agency.withdraw((0, 1), 'test')
     torch.manual_seed(0)
     model.train()(IDS, labels=IDS).loss.backward()
-    s = model.sentinel_map[0].attn.sentinel
+    s = model.sentinel.now[0].attn.sentinel
     g = (s.gate if mode == 'learned' else s.log_alpha).grad
     assert g[1] == 0 and (g[[0, 2, 3]] != 0).any()
     harden_gates(set_gates(model, 1.), sparsity=0.)
@@ -151,7 +151,7 @@ def test_bake_is_exact_out_of_range(mode):
     agency.attach(model)
     agency.set_state((0, 1), 'misaligned', 'test')
     if mode == 'learned':
-        with torch.no_grad(): model.sentinel_map[0].attn.sentinel.gate[1] = 1.3
+        with torch.no_grad(): model.sentinel.now[0].attn.sentinel.gate[1] = 1.3
     want = logits(model)
     agency.bake()
     assert torch.equal(logits(model), want)
@@ -232,10 +232,10 @@ def test_gates_taken_off():
     model, agency = attached('llama')
     agency.withdraw((0, 1), 'test')
     unadapt(model)
-    assert agency.model is None and 'sentinel_agency' not in model.__dict__ and torch.equal(logits(model), logits(build('llama')))
+    assert agency.model is None and model.sentinel.agency is None and torch.equal(logits(model), logits(build('llama')))
     agency.attach(model)
     assert gate_values(model, effective=True)[0, 1] == 0
-    del model.sentinel_agency                          # gates taken off behind its back
+    del model.sentinel.agency                          # gates taken off behind its back
     unadapt(model)
     with pytest.raises(RuntimeError, match='lost its gates'): agency.withdraw((0, 2), 'test')
     assert agency.consent[0, 2] and len(agency.events) == 1

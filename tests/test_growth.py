@@ -50,14 +50,14 @@ def everything_works(m, path):
     want, tokens, sd = logits(m), greedy(m), state(m)
     close(logits(reload(m, path/'grown')), want, 1e-6)
     v = gate_values(m)
-    for s in m.sentinel_map: v[s.layer, [0, s.n_heads-1]] = 0
+    for s in m.sentinel.now: v[s.layer, [0, s.n_heads-1]] = 0
     masked = logits(set_gates(m, v))
     plan = compact(m)
     close(logits(m), masked)
     small = reload(m, path/'small')
     close(logits(small), masked)
-    assert small.sentinel_plan == plan == HeadPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    if plan.columns == []: assert m.sentinel_map.n_params == sum(p.numel() for n, p in m.named_parameters() if '.sentinel.' not in n)
+    assert small.sentinel.plan == plan == HeadPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    if plan.columns == []: assert m.sentinel.now.n_params == sum(p.numel() for n, p in m.named_parameters() if '.sentinel.' not in n)
     expand(small)
     expand(m)
     close(logits(small), masked)
@@ -79,12 +79,12 @@ def test_heads(name, init, tmp_path):
     assert grow(model, heads=1, init=init) is model
     if init == 'zero' and DEVICE == 'cpu': assert torch.equal(logits(model), want)
     else: close(logits(model), want, 1e-6)            # the kernel for another width may sum in another order
-    assert {s.layer: s.n_heads for s in model.sentinel_map} == {l: h + 1 for l, h in n.items()}
+    assert {s.layer: s.n_heads for s in model.sentinel.now} == {l: h + 1 for l, h in n.items()}
     assert all(p is params[k] for k, p in model.named_parameters() if '.sentinel.' not in k)
     assert torch.equal(greedy(model), tokens)
     everything_works(model, tmp_path)
     ungrow(model)
-    assert torch.equal(logits(model), want) and not hasattr(model, 'sentinel_plan')
+    assert torch.equal(logits(model), want) and not model.sentinel.compact
     assert same_state(state(unadapt(model)), sd)
 
 
@@ -104,7 +104,7 @@ def test_layers(name, tmp_path):
     close(logits(back), want, 1e-6 if name == 'llama-eager' else 0)                    # it is loaded with SDPA
     assert torch.equal(greedy(back), tokens)
     adapt(model)
-    new = next((s for s in model.sentinel_map if s.layer == at[0] + 1), None)
+    new = next((s for s in model.sentinel.now if s.layer == at[0] + 1), None)
     if new is not None:
         set_gates(model, {(new.layer, 0): 0.})
         compact(model)
@@ -119,7 +119,7 @@ def test_amounts(name, heads, tmp_path):
     model = build(name)
     want = logits(model)
     grow(model, heads=heads)
-    n = [s.n_heads for s in model.sentinel_map]
+    n = [s.n_heads for s in model.sentinel.now]
     assert n == ([4, 7] if heads == [0, 3] else [4, 9] if isinstance(heads, dict) else [4 + heads]*2)
     close(logits(model), want, 1e-6)
     everything_works(model, tmp_path)
@@ -130,7 +130,7 @@ def test_again_and_on_a_compact_model(name, tmp_path):
     "Heads grow on a compact model, then again, then all returns in any order."
     model = adapt(build(name))
     sd = state(model)
-    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel_map})
+    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now})
     masked = logits(model)
     compact(model)
     grow(model, heads=1, init='zero')
@@ -152,12 +152,12 @@ def test_again_and_on_a_compact_model(name, tmp_path):
 @pytest.mark.parametrize('name', SOME)
 def test_ungrow_leaves_a_compact_model_compact(name):
     model = adapt(build(name))
-    set_gates(model, {(s.layer, 2): 0. for s in model.sentinel_map})
+    set_gates(model, {(s.layer, 2): 0. for s in model.sentinel.now})
     masked, sd = logits(model), state(model)
     compact(model)
-    small, plan = state(model), copy.deepcopy(model.sentinel_plan)
+    small, plan = state(model), copy.deepcopy(model.sentinel.plan)
     ungrow(grow(model, heads=2))
-    assert same_state(state(model), small) and model.sentinel_plan == plan
+    assert same_state(state(model), small) and model.sentinel.plan == plan
     assert same_state(state(expand(model)), sd) and torch.equal(logits(model), masked)
 
 
@@ -181,9 +181,9 @@ def test_training(name, init):
     wider = [p for p in moments if p.shape != moments[p].shape]
     assert wider and all(opt.state[p]['exp_avg'].shape == p.shape for p in moments)
     assert all(abs(opt.state[p]['exp_avg'].double().sum() - moments[p].double().sum()) < 1e-4 for p in wider)
-    note, s = model.sentinel_grown[0], next(iter(model.sentinel_map))
+    note, s = model.sentinel.grown[0], next(iter(model.sentinel.now))
     out = next(n for n in full if n.startswith(s.path) and n.endswith('.weight') and s.out_name in n)
-    cols = lambda h: full_param(model, out).index_select(model.sentinel_removed[out]['dim'], torch.arange(h*s.head_dim, (h+1)*s.head_dim))
+    cols = lambda h: full_param(model, out).index_select(model.sentinel.stash[out]['dim'], torch.arange(h*s.head_dim, (h+1)*s.head_dim))
     before = cols(note['head']), cols(note['donor'])
     first, losses = step(), [step() for _ in range(10)]
     after = cols(note['head']), cols(note['donor'])
@@ -212,19 +212,19 @@ def test_bfloat16_copies_and_pickles(name):
 @pytest.mark.parametrize('name', SEED + ['falcon-new', 'gpt_oss', 'deepseek_v3'])
 def test_replay_on_meta(name):
     model = grow(build(name), heads=3)
-    plan = HeadPlan.from_dict(json.loads(json.dumps(model.sentinel_plan.to_dict())))
+    plan = HeadPlan.from_dict(json.loads(json.dumps(model.sentinel.plan.to_dict())))
     with torch.device('meta'): empty = replay(type(build(name))(model.config), plan)
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     real = replay(build(name, seed=1), plan)
     real.load_state_dict(state(model))
-    assert torch.equal(logits(real), logits(model)) and real.sentinel_plan == plan == model.sentinel_plan
+    assert torch.equal(logits(real), logits(model)) and real.sentinel.plan == plan == model.sentinel.plan
 
 
 @pytest.mark.parametrize('name', SEED + ['falcon-new', 'gpt_oss'])
 def test_measure_and_prune(name):
     model, texts = grow(build(name), heads=1), [IDS, IDS.roll(2, 1)]
     stats = measure(model, texts, what=('entropy', 'gradient', 'use'), progress=False)
-    assert stats.entropy.shape == (2, model.sentinel_map.shape[1]) and not stats.entropy[~gate_values(model).isnan()].isnan().any()
+    assert stats.entropy.shape == (2, model.sentinel.now.shape[1]) and not stats.entropy[~gate_values(model).isnan()].isnan().any()
     plan = prune(model, .3, batches=texts, criterion='magnitude', progress=False)
     assert plan.removed > 0 and logits(model).isfinite().all()
 
@@ -238,8 +238,8 @@ def test_repair_is_taken_back_through_growth(name):
     repaired = logits(model)
     grow(model, heads=1)
     close(logits(model), repaired)
-    for name_, (old, new) in model.sentinel_repairs.items(): assert torch.equal(new, full_param(model, name_))
-    for _, r in model.sentinel_predictors.items(): assert r['T'].shape[0] == 5*model.sentinel_map[0].head_dim
+    for name_, (old, new) in model.sentinel.repairs.changed.items(): assert torch.equal(new, full_param(model, name_))
+    for _, r in model.sentinel.repairs.predictors.items(): assert r['T'].shape[0] == 5*model.sentinel.now[0].head_dim
     ungrow(expand(model))
     close(logits(model), repaired)
     close(logits(unprune(model)), want)
@@ -254,9 +254,9 @@ def test_layers_of_a_compact_grown_model(name, tmp_path):
     masked = logits(model)
     compact(model)
     grow(model, heads={1: 1}, optimizer=opt)
-    before = copy.deepcopy(model.sentinel_plan)
+    before = copy.deepcopy(model.sentinel.plan)
     grow(model, layers=[0], optimizer=opt)
-    assert model.sentinel_plan.keep.equal(before.keep[[0, 0, 1]]) and [g[0] for g in model.sentinel_plan.grown] == [2]
+    assert model.sentinel.plan.keep.equal(before.keep[[0, 0, 1]]) and [g[0] for g in model.sentinel.plan.grown] == [2]
     close(logits(model), masked)
     known = {id(p) for g in opt.param_groups for p in g['params']}
     assert all(id(p) in known for p in model.parameters() if p.requires_grad)
@@ -276,7 +276,7 @@ def test_a_headless_layer_is_copied():
     compact(model)
     grow(model, layers=[0, 1])
     close(logits(model), want)
-    assert torch.equal(greedy(model), tokens) and [s is None for s in model.sentinel_map.sites] == [False, False, True, True]
+    assert torch.equal(greedy(model), tokens) and [s is None for s in model.sentinel.now.sites] == [False, False, True, True]
     expand(model)
     close(logits(model), want)
 
@@ -295,7 +295,7 @@ def test_scores_name_the_donor():
     t = strength(model)
     t[:, 2] = 1e9
     grow(model, heads=1, scores=t)
-    assert [n['donor'] for n in model.sentinel_grown] == [2, 2]
+    assert [n['donor'] for n in model.sentinel.grown] == [2, 2]
 
 
 def test_refusals_change_nothing():
@@ -311,7 +311,7 @@ def test_refusals_change_nothing():
     set_gates(model, {(0, h): 0. for h in range(4)})
     with pytest.raises(ValueError, match='no open head'): grow(model, heads=1)
     set_gates(model, 1.)
-    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not hasattr(model, 'sentinel_plan')
+    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact
 
 
 def test_what_goes_wrong_is_undone(monkeypatch):
@@ -320,7 +320,7 @@ def test_what_goes_wrong_is_undone(monkeypatch):
     sd, want = state(model), logits(model)
     monkeypatch.setattr(g, '_differ', lambda *a: {0: 'it is a test'})
     with pytest.raises(UnsupportedArchitecture, match='it is a test'): grow(model, heads=2)
-    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not hasattr(model, 'sentinel_plan') and model.sentinel_grown == []
+    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact and model.sentinel.grown == []
 
 
 @pytest.mark.parametrize('name', SEED + ['falcon', 'gpt_oss', 'bitnet', 'deepseek_v3', 'qwen3_next'])
@@ -328,13 +328,13 @@ def test_init_small(name, tmp_path):
     config = build(name).config
     model = init_small(config, keep=.25, seed=3)
     full = init_small(config, keep=1., seed=3)
-    assert all(s.n_heads == max(1, s0.n_heads//4) for s, s0 in zip(model.sentinel_map, full.sentinel_map))
+    assert all(s.n_heads == max(1, s0.n_heads//4) for s, s0 in zip(model.sentinel.now, full.sentinel.now))
     assert flops_per_token(model) < flops_per_token(full)
     close(logits(reload(model, tmp_path)), logits(model), 1e-6)
     assert same_state(state(init_small(config, seed=3)), state(model))
-    with pytest.raises(RuntimeError, match='blank=True'): reattach(model, [(next(iter(model.sentinel_map)).layer, 1)])
+    with pytest.raises(RuntimeError, match='blank=True'): reattach(model, [(next(iter(model.sentinel.now)).layer, 1)])
     want = logits(model)
-    reattach(model, [(s.layer, 1) for s in model.sentinel_map], blank=True)
+    reattach(model, [(s.layer, 1) for s in model.sentinel.now], blank=True)
     close(logits(model), want)
 
 
@@ -360,6 +360,6 @@ def test_flops(name):
 
 def test_sizes_from_a_name():
     model = init_small('gpt2', keep=.5, n_layer=1, n_head=4, n_embd=16, vocab_size=50)
-    assert [s.n_heads for s in model.sentinel_map] == [2] and model.config.n_embd == 16
+    assert [s.n_heads for s in model.sentinel.now] == [2] and model.config.n_embd == 16
     assert init_small(random_config('llama'), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match='keep=0'): init_small('gpt2', keep=0)

@@ -148,7 +148,7 @@ def test_assisted_generation(name):
 def test_gradients_reach_every_gate(name):
     model = adapt(build(name), GateConfig('learned')).train()
     model(IDS, labels=IDS).loss.backward()
-    for s in model.sentinel_map:
+    for s in model.sentinel.now:
         g = s.attn.sentinel.gate.grad
         assert g is not None and g.isfinite().all() and (g != 0).all(), f'layer {s.layer}: gradient {g}'
 
@@ -157,13 +157,13 @@ def test_gradients_reach_every_gate(name):
 def test_merge_and_back(name):
     model = adapt(build(name))
     table = quarter(model)
-    table[next(iter(model.sentinel_map)).layer, 0] = .37
+    table[next(iter(model.sentinel.now)).layer, 0] = .37
     want = logits(set_gates(model, table))
-    weights = [core_linear(s.out).weight.clone() for s in model.sentinel_map]
+    weights = [core_linear(s.out).weight.clone() for s in model.sentinel.now]
     torch.testing.assert_close(logits(merge_gates(model)), want, rtol=1e-4, atol=1e-4)
-    assert not any(s.out._forward_pre_hooks for s in model.sentinel_map)
+    assert not any(s.out._forward_pre_hooks for s in model.sentinel.now)
     unmerge_gates(model)
-    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel_map, weights))
+    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel.now, weights))
     assert torch.equal(logits(model), want)
 
 

@@ -69,12 +69,12 @@ def test_kernels_agree(name):
 def test_gradients_are_those_of_the_gates(name):
     "Virtual gates give what autograd through real ones gives, closed heads included; weights get no gradient, the model stays as it was."
     model = adapt(build(name))
-    first = next(iter(model.sentinel_map))
+    first = next(iter(model.sentinel.now))
     set_gates(model, {(first.layer, 0): 0., (first.layer, 1): .5})
     flags = [p.requires_grad for p in model.parameters()]
     stats = measure(model, TWO, what=('gradient', 'gram', 'joint'), progress=False)
     assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == flags
-    gates = {s.layer: s.attn.sentinel.gate for s in model.sentinel_map}
+    gates = {s.layer: s.attn.sentinel.gate for s in model.sentinel.now}
     for g in gates.values(): g.requires_grad_(True)
     total = {l: torch.zeros_like(g) for l, g in gates.items()}
     for row in TWO:
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_gates(name):
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, row[1:]), list(gates.values()))
         for l, g in zip(gates, grads): total[l] += g.square()/2
     for l, t in total.items(): torch.testing.assert_close(stats.fisher[l, :len(t)], t.cpu(), rtol=2e-3, atol=1e-9)
-    assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel_map.n_heads for k in stats.tables)
+    assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel.now.n_heads for k in stats.tables)
 
 
 @pytest.mark.parametrize('name', SEED + ['mistral', 'gemma2', 'falcon', 'mpt', 'gpt_oss', 'qwen3_next'])
@@ -109,7 +109,7 @@ def test_measuring_changes_nothing(name):
 def test_compact_models_are_measured_like_masked_ones(name):
     "Heads that are left attend as they did, also where their groups are uneven; a layer without heads has no row."
     model = adapt(build(name))
-    set_gates(model, {(0, 1): 0., **{(1, h): 0. for h in range(model.sentinel_map[1].n_heads)}})
+    set_gates(model, {(0, 1): 0., **{(1, h): 0. for h in range(model.sentinel.now[1].n_heads)}})
     masked = measure(model, TWO, progress=False)
     plan = compact(model)
     small = measure(model, TWO, progress=False)

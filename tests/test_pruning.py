@@ -82,7 +82,7 @@ def test_budgets_are_met(name, unit):
     hm_all = sum(p.numel() for p in model.parameters())
     total = {'params': hm_all, 'kv_bytes': None, 'flops': None}[unit]
     prune(model, 0, CALIB, progress=False)
-    hm = model.sentinel_map
+    hm = model.sentinel.now
     if unit == 'kv_bytes': total = total_cost(hm, 'kv_bytes')
     if unit == 'flops': total = 2*hm.n_params + sum(4*s.head_dim*s.n_heads*512 for s in hm)
     budget = total - total_cost(hm, unit)/2
@@ -90,8 +90,8 @@ def test_budgets_are_met(name, unit):
     compact(model)
     size = sum(p.numel() for n, p in model.named_parameters() if 'sentinel' not in n)
     left = {'params': lambda: size,
-            'kv_bytes': lambda: total_cost(model.sentinel_map, 'kv_bytes'),
-            'flops': lambda: 2*size + sum(4*s.head_dim*s.n_heads*512 for s in model.sentinel_map)}[unit]()
+            'kv_bytes': lambda: total_cost(model.sentinel.now, 'kv_bytes'),
+            'flops': lambda: 2*size + sum(4*s.head_dim*s.n_heads*512 for s in model.sentinel.now)}[unit]()
     assert left <= budget, f'{left} of {budget}'
 
 

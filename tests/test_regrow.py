@@ -104,11 +104,11 @@ def test_slopes_differ(name):
 @pytest.mark.parametrize('name', ALL)
 def test_observe_leaves_no_trace(name):
     model = half(name)
-    was, sd, parts = logits(model), {k: v.clone() for k, v in model.state_dict().items()}, {n: list(r) for n, r in model.sentinel_removed.items()}
+    was, sd, parts = logits(model), {k: v.clone() for k, v in model.state_dict().items()}, {n: list(r) for n, r in model.sentinel.stash.items()}
     stats = observe(model, CALIB, ('gradient',))
-    closed = model.sentinel_plan.exists & ~model.sentinel_plan.keep
+    closed = model.sentinel.plan.exists & ~model.sentinel.plan.keep
     assert stats['grad'][closed].abs().sum() > 0 and stats.shape == tuple(closed.shape)
-    assert torch.equal(logits(model), was) and same(model, sd) and {n: list(r) for n, r in model.sentinel_removed.items()} == parts
+    assert torch.equal(logits(model), was) and same(model, sd) and {n: list(r) for n, r in model.sentinel.stash.items()} == parts
 
 
 def train(model, n, opt=None, lr=1e-3):
@@ -136,8 +136,8 @@ def test_after_training(name, removed):
     way = regrow(model, gone, optimizer=opt, warmup=3)
     near(logits(model), was)
     while way.step(): train(model.train(), 1, opt)
-    assert not model.eval().__dict__.get('sentinel_predictors') and logits(model).shape == full.shape
-    site = model.sentinel_map[gone[0][0]]
+    assert not model.eval().sentinel.repairs.predictors and logits(model).shape == full.shape
+    site = model.sentinel.now[gone[0][0]]
     assert memory[gone[0]].states() and site.n_heads
 
 
@@ -150,7 +150,7 @@ def test_shares_add_up():
         plan = prune(model, 4, CALIB, rounds=4, progress=False)
         gone = [tuple(x) for x in (plan.exists & ~plan.keep).nonzero().tolist()]
         for i in order[:-1]: regrow(model, [gone[i]])
-        model.sentinel_repairs.clear()                                # no snapshot: only arithmetic can bring it back
+        model.sentinel.repairs.changed.clear()                                # no snapshot: only arithmetic can bring it back
         regrow(model, [gone[order[-1]]])
         near(logits(model), plain, 1e-5)
 
@@ -227,20 +227,20 @@ def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
     from sentinel_ai.unet import add_skips, remove_skips, set_skip_gates
     model = build(name)
     plain, sd = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
-    agency = Agency().attach(model) and model.sentinel_agency
+    agency = Agency().attach(model) and model.sentinel.agency
     memory = HeadMemory().attach(add_skips(model, rank=4))
     assert torch.equal(logits(model), plain), 'attached parts change nothing'
     prune(model, .3, CALIB, rounds=1, progress=False)
-    layer = next(iter(model.sentinel_map)).layer
-    head = next(h for h in range(model.sentinel_map[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel_map[layer].n_heads - 1)
+    layer = next(iter(model.sentinel.now)).layer
+    head = next(h for h in range(model.sentinel.now[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel.now[layer].n_heads - 1)
     agency.set_state([(layer, head)], HeadState.OVERLOADED, 'test')
     compact(model)
     if len(model.sentinel_skips.paths): set_skip_gates(model, .3)
     want = logits(model)
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
-    assert torch.equal(logits(back), want) and back.sentinel_agency.to_dict() == agency.to_dict()
-    assert set(back.sentinel_memory) == set(memory) and all(back.sentinel_memory[k].same(memory[k].tensors()) for k in memory)
+    assert torch.equal(logits(back), want) and back.sentinel.agency.to_dict() == agency.to_dict()
+    assert set(back.sentinel.memory) == set(memory) and all(back.sentinel.memory[k].same(memory[k].tensors()) for k in memory)
     remove_skips(back)
     unadapt(unprune(back))
     assert torch.equal(logits(back), plain) and same(back, sd)
@@ -256,10 +256,10 @@ def test_what_isnt_remembered_is_refused_and_nothing_changes():
         compact(model)
         memory.release(model)
         memory.forget((1, 0))
-        was, plan = logits(model), model.sentinel_plan.keep.clone()
+        was, plan = logits(model), model.sentinel.plan.keep.clone()
         with pytest.raises(RuntimeError, match="layer 1 head 0 isn't remembered"): regrow(model, [(0, 1), (1, 0)])
-        assert torch.equal(logits(model), was) and torch.equal(model.sentinel_plan.keep, plan)
-        assert not any(r['parts'] for r in model.sentinel_removed.values())
+        assert torch.equal(logits(model), was) and torch.equal(model.sentinel.plan.keep, plan)
+        assert not any(r['parts'] for r in model.sentinel.stash.values())
         regrow(model, [(0, 1)])
         assert regrow(model, [(1, 0)], init='zero').done
 

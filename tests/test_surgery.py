@@ -45,7 +45,7 @@ def masked(name, seed=0, empty=None, dtype=torch.float32):
 def lopsided(name):
     "Close one head of the first group in each layer, so that the groups differ in size."
     model = adapt(build(name))
-    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel_map})
+    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now})
     return model
 
 
@@ -81,7 +81,7 @@ def test_compact_equals_masked_and_back(name, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)
-    cost, n = {s.layer: head_cost(s) for s in model.sentinel_map}, n_params(model)
+    cost, n = {s.layer: head_cost(s) for s in model.sentinel.now}, n_params(model)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         plan = compact(model)
@@ -93,7 +93,7 @@ def test_compact_equals_masked_and_back(name, seed, empty):
     assert left == gone if name not in STAY or empty is None else left >= gone
     assert (plan.columns != []) == (name in COLUMNS)
     assert expand(model) is model and same_state(state(model), sd) and attributes(model) == before
-    assert torch.equal(logits(model), want) and not hasattr(model, 'sentinel_plan')
+    assert torch.equal(logits(model), want) and not model.sentinel.compact
 
 
 @pytest.mark.parametrize('name', LISTED_ALL)
@@ -113,7 +113,7 @@ def cache_bytes(model):
 @pytest.mark.parametrize('name', ['gpt2', 'bloom', 'gpt_neox', 'llama', 'falcon-new', 'mpt', 'phi3', 'olmo2', 'gpt_bigcode'])
 def test_the_cache_shrinks(name):
     model = masked(name, 2, 0)
-    full, cost = cache_bytes(model), {s.layer: head_cost(s, 'kv_bytes') for s in model.sentinel_map}
+    full, cost = cache_bytes(model), {s.layer: head_cost(s, 'kv_bytes') for s in model.sentinel.now}
     plan = compact(model)
     now = cache_bytes(model)
     for l, (a, b) in cost.items():
@@ -147,7 +147,7 @@ def test_again(name):
     sd, first = state(model), HeadPlan.from_gates(model)
     compact(model)
     v = gate_values(model)
-    s = next(s for s in model.sentinel_map if s.n_heads > 1)
+    s = next(s for s in model.sentinel.now if s.n_heads > 1)
     v[s.layer, 0] = 0
     if s.n_heads > 2: v[s.layer, 1] = .5
     set_gates(model, v)
@@ -159,7 +159,7 @@ def test_again(name):
     assert (kept[~kept.isnan()] != 0).all() and torch.equal(plan.compact(plan.full(kept)).nan_to_num(-1), kept.nan_to_num(-1))
     once = set_gates(adapt(build(name)), plan.full(kept).nan_to_num(0))
     compact(once)
-    assert same_state(state(model), state(once)) and plan.keep.equal(once.sentinel_plan.keep)
+    assert same_state(state(model), state(once)) and plan.keep.equal(once.sentinel.plan.keep)
     expand(model)
     assert all(torch.equal(a, sd[k]) for k, a in state(model).items() if '.sentinel.' not in k)
 
@@ -186,7 +186,7 @@ def test_optimizer_and_training(name):
     expand(untouched)
     step(model, opt)
     small = state(model)
-    plan = copy.deepcopy(model.sentinel_plan)
+    plan = copy.deepcopy(model.sentinel.plan)
     expand(model, optimizer=opt)
     step(twin, topt)
     moved = 0
@@ -214,10 +214,10 @@ def test_deepcopy_and_pickle(name):
     compact(model)
     want = logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), want) and twin.sentinel_plan == model.sentinel_plan
-        with torch.no_grad(): next(iter(twin.sentinel_map)).attn.sentinel.gate.mul_(.5)
+        assert torch.equal(logits(twin), want) and twin.sentinel.plan == model.sentinel.plan
+        with torch.no_grad(): next(iter(twin.sentinel.now)).attn.sentinel.gate.mul_(.5)
         assert torch.equal(logits(model), want) and not torch.equal(logits(twin), want), 'a copy shares something with the original'
-        with torch.no_grad(): next(iter(twin.sentinel_map)).attn.sentinel.gate.div_(.5)
+        with torch.no_grad(): next(iter(twin.sentinel.now)).attn.sentinel.gate.div_(.5)
         assert same_state(state(expand(twin)), sd)
     assert torch.equal(logits(model), want)
 
@@ -228,19 +228,19 @@ def test_replay_on_meta(name):
     model = masked(name, 4, 0)
     sd = state(model)
     compact(model)
-    want, plan = logits(model), HeadPlan.from_dict(json.loads(json.dumps(model.sentinel_plan.to_dict())))
-    assert plan == model.sentinel_plan
+    want, plan = logits(model), HeadPlan.from_dict(json.loads(json.dumps(model.sentinel.plan.to_dict())))
+    assert plan == model.sentinel.plan
     with torch.device('meta'): empty = replay(type(model).__mro__[2](copy.deepcopy(model.config)), plan)
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     real = replay(build(name, seed=1), plan)
     real.load_state_dict(state(model), assign=True)
-    assert torch.equal(logits(real.eval()), want) and real.sentinel_plan == plan
+    assert torch.equal(logits(real.eval()), want) and real.sentinel.plan == plan
     with pytest.raises(RuntimeError, match="weren't saved"): expand(real)
     twin = copy.deepcopy(real)
-    twin.sentinel_removed = copy.deepcopy(model.sentinel_removed)      # if what left was saved as well, it can come back
+    twin.sentinel.stash = copy.deepcopy(model.sentinel.stash)      # if what left was saved as well, it can come back
     assert same_state(state(expand(twin)), sd)
     v = gate_values(real)
-    s = next(s for s in real.sentinel_map if s.n_heads > 1) if any(s.n_heads > 1 for s in real.sentinel_map) else None
+    s = next(s for s in real.sentinel.now if s.n_heads > 1) if any(s.n_heads > 1 for s in real.sentinel.now) else None
     if s is not None:
         v[s.layer, 0] = 0
         want = logits(set_gates(real, v))
@@ -253,7 +253,7 @@ def test_replay_on_meta(name):
 def test_export(name, empty):
     model = lopsided(name) if empty is None else masked(name, 1, empty)
     compact(model)
-    if name == 'llama' and empty is None: assert model.sentinel_map[0].kv == (0, 1, 1)
+    if name == 'llama' and empty is None: assert model.sentinel.now[0].kv == (0, 1, 1)
     program = torch.export.export(model, (IDS,), dict(use_cache=False), strict=False)
     close(program.module()(IDS, use_cache=False).logits, logits(model, use_cache=False))
 
@@ -264,7 +264,7 @@ def test_attention_implementations(name):
     model = lopsided(name)
     want = logits(model)
     compact(model)
-    assert model.sentinel_map[0].kv == (0, 1, 1)
+    assert model.sentinel.now[0].kv == (0, 1, 1)
     for impl in ('eager', 'sdpa') if name in ('llama', 'mistral') else ('eager',):
         model.set_attn_implementation(impl)
         close(logits(model), want)
@@ -286,7 +286,7 @@ def test_uneven_groups(name):
     ids, kw = padded()
     want, tokens = logits(model), greedy(model, ids, **kw)
     compact(model)
-    assert next(iter(model.sentinel_map)).kv == (0, 1, 1)
+    assert next(iter(model.sentinel.now)).kv == (0, 1, 1)
     close(logits(model), want)
     assert torch.equal(greedy(model, ids, **kw), tokens)
 
@@ -295,7 +295,7 @@ def test_uneven_groups(name):
 def test_gates_work_on_a_compact_model(name):
     model = masked(name, 1, 0)
     compact(model)
-    hm = model.sentinel_map
+    hm = model.sentinel.now
     assert head_map(model) is hm and gate_values(model).shape == hm.shape
     want = logits(model)
     t = hm.table()
@@ -343,7 +343,7 @@ def test_what_is_refused():
     opt.step()
     sd = state(model)
     with pytest.raises(ValueError, match='row_var'): compact(model, optimizer=opt)
-    assert same_state(state(model), sd) and not hasattr(model, 'sentinel_plan')
+    assert same_state(state(model), sd) and not model.sentinel.compact
     before = compact(model)
     with pytest.raises(ValueError, match='layer 0 head 1, which left before'): compact(model, HeadPlan(before.exists, before.exists, before.kv, 'llama'))
     with pytest.raises(RuntimeError, match='already'): replay(model, before)
@@ -369,7 +369,7 @@ def test_a_difference_is_noticed_and_undone(monkeypatch):
     monkeypatch.setattr(S, '_places', lambda s0, s1, keep, columns=False: {
         k: (d, n, i.flip(0) if 'o_proj' in k and len(keep) < s0.n_heads else i) for k, (d, n, i) in real(s0, s1, keep, columns).items()})
     with pytest.raises(UnsupportedArchitecture, match='The model is as it was'): compact(model)
-    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not hasattr(model, 'sentinel_plan')
+    assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact
 
 
 def test_adapters_and_layers_without_heads():
@@ -415,7 +415,7 @@ def test_a_failure_half_way_is_undone(name, monkeypatch):
         return real(s0, s1, keep, *args)
     monkeypatch.setattr(surgery, '_wire', fail)
     with pytest.raises(MemoryError): compact(model)
-    assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not hasattr(model, 'sentinel_plan')
+    assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not model.sentinel.compact
     compact(model)
     close(logits(model), want)
 

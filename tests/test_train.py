@@ -93,7 +93,7 @@ def test_resume_is_exact_at_every_checkpoint(name, tmp_path):
     t.train()
     want, told, weights = curve(t), story(cycle), {k: v.clone() for k, v in t.model.state_dict().items()}
     assert len(want) == 12 and [e['open'] for e in told] == [8, 8, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7]
-    assert [e['step'] for e in told if e['compacted']] == [5] and hasattr(t.model, 'sentinel_plan')
+    assert [e['step'] for e in told if e['compacted']] == [5] and t.model.sentinel.compact
     moments = optimizer_state(t.optimizer, t.model)['state']
     for k in range(1, 12):
         again, cycle = make(name, tmp_path)
@@ -157,7 +157,7 @@ def test_best_model_of_another_shape(tmp_path):
     t, _ = make('llama', tmp_path, cycle=cycle, max_steps=6, eval_strategy='steps', eval_steps=1, load_best_model_at_end=True, greater_is_better=True,
                 metric_for_best_model='loss')
     t.train()
-    assert t.state.best_model_checkpoint.endswith('checkpoint-1') and not hasattr(t.model, 'sentinel_plan')
+    assert t.state.best_model_checkpoint.endswith('checkpoint-1') and not t.model.sentinel.compact
     assert all(s['exp_avg'].shape == p.shape for p, s in ck.unwrapped(t.optimizer).state.items())
 
 
@@ -232,9 +232,9 @@ def test_restore_into_any_shape(name, tmp_path):
 
     def on(m, opt):
         res = learn(m, opt, 2)
-        r = regrow(m, [tuple(x) for x in (~m.sentinel_plan.keep & m.sentinel_plan.exists).nonzero().tolist()], warmup=2, optimizer=opt)
+        r = regrow(m, [tuple(x) for x in (~m.sentinel.plan.keep & m.sentinel.plan.exists).nonzero().tolist()], warmup=2, optimizer=opt)
         res += learn(m, opt, 2, r.step)
-        if hasattr(m, 'sentinel_plan'): expand(m, opt)
+        if m.sentinel.compact: expand(m, opt)
         return res + learn(m, opt, 2)
     want = on(m, opt)
     plain = random_model(name, seed=5)
@@ -263,7 +263,7 @@ def test_everything_comes_back(tmp_path):
             res.append(loss.item())
         return res
     run = start(0)
-    run[3].model.sentinel_agency.withdraw((1, 1), 'asked to')
+    run[3].model.sentinel.agency.withdraw((1, 1), 'asked to')
     go(*run, 1, 9)
     m, opt, sched, cycle = run
     save_checkpoint(tmp_path/'a', m, opt, cycle.rates, 0, 9, scheduler=sched, cycle=cycle)
@@ -272,8 +272,8 @@ def test_everything_comes_back(tmp_path):
     got = load_checkpoint(tmp_path/'a', other[0], other[1], scheduler=other[2], cycle=other[3])
     assert got['step'] == 9 and got['head_lr_multipliers'][0, 0] == .5
     assert go(*other, 10, 13) == want and story(other[3]) == story(cycle)
-    assert other[0].sentinel_agency.events == m.sentinel_agency.events and not other[0].sentinel_agency.consent[1, 1]
-    assert other[0].sentinel_memory.size == m.sentinel_memory.size and other[0].sentinel_skips.config() == m.sentinel_skips.config()
+    assert other[0].sentinel.agency.events == m.sentinel.agency.events and not other[0].sentinel.agency.consent[1, 1]
+    assert other[0].sentinel.memory.size == m.sentinel.memory.size and other[0].sentinel_skips.config() == m.sentinel_skips.config()
     with pytest.raises(ValueError, match="'scaler' is not in"): load_checkpoint(tmp_path/'a', other[0], scaler=other[2])
 
 
@@ -325,7 +325,7 @@ def test_half_the_update_of_one_head(name):
     before, (whole, _), (half, _) = adapt(random_model(name)), stepped(name), stepped(name, {(1, 1): .5, (0, 3): 0.})
     touched = {}
     for (l, h), f in {(1, 1): .5, (0, 3): 0.}.items():
-        s = half.sentinel_map[l]
+        s = half.sentinel.now[l]
         for n, dim, idx, part in head_slices(s, h):
             if part in 'kv' and s.n_kv_heads < s.n_heads: continue        # shared with heads of factor 1
             touched.setdefault(f'{s.path}.{n}', []).append((dim, idx, f))
@@ -340,7 +340,7 @@ def test_half_the_update_of_one_head(name):
 
 def test_head_lr_follows_surgery_and_schedules():
     m, opt = pruned('llama')
-    gone = [tuple(x) for x in (~m.sentinel_plan.keep).nonzero().tolist()]
+    gone = [tuple(x) for x in (~m.sentinel.plan.keep).nonzero().tolist()]
     rates = HeadLR(opt, m, {h: 0. for h in [(0, h) for h in range(4)]}, schedule=(4., 2))
     q = m.model.layers[0].self_attn.q_proj
     then = q.weight.detach().clone()
@@ -518,7 +518,7 @@ def test_ramps_are_not_cut_out():
     opt = torch.optim.SGD(m.parameters(), lr=.1)
     cycle = Plasticity(Script({1: {(0, 1): False, (0, 2): False}, 2: {(0, 1): True}}), IDS, every=1, compact_every=1, regrow=dict(warmup=3))
     for step in range(1, 7): cycle.step(m, opt, step)
-    assert m.sentinel_plan.keep[0].tolist() == [True, True, False, True] and gate_values(m)[0, 1] == 1 and not cycle.ramps
+    assert m.sentinel.plan.keep[0].tolist() == [True, True, False, True] and gate_values(m)[0, 1] == 1 and not cycle.ramps
     set_gates(m, 1.)
 
 
