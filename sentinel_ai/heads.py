@@ -453,7 +453,7 @@ def head_params(self:HeadMap) -> int:
 @patch
 def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
     "1 where a head exists and NaN where none does; with another unit, the cost of each query head, its share of keys and values included."
-    t = torch.full(self.shape, math.nan)
+    t = torch.full(self.shape, math.nan, device='cpu')
     for s in self: t[s.layer, :s.n_heads] = (lambda a, b: a + b/s.kv_of.bincount()[s.kv_of])(*head_cost(s, unit))
     return t
 

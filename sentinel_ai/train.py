@@ -588,7 +588,7 @@ def cycle(self:Plasticity, step:int) -> dict:
     stats, plan = self.look(batches), self.in_force()
     if (agency := m.sentinel.agency) is not None: agency.update(stats, step); plan = self.in_force()
     asked = self.controller.decide(stats, plan, step)
-    asked.checkm.sentinel.built
+    asked.check(m.sentinel.built)
     pairs = lambda t: [tuple(x) for x in t.nonzero().tolist()]
     closed = [h for h in pairs(plan.keep & ~asked.keep) if h not in self.returning()]
     opened = pairs(asked.keep & ~plan.keep)
