@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from torch import nn, Tensor
 from jaxtyping import Float, Int
-from .heads import _HEADS, _KV, _first, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
+from .heads import HEAD_COUNTS, KV_COUNTS, first_attr, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 from .state import is_compact, state_of
 from .gates import _base_class
 from .pruning import _FLAGS
@@ -234,8 +234,8 @@ def _config(m, heads, kv_heads, d, bias=()):
     cfg = copy.deepcopy(m.config)
     if hasattr(cfg, 'sentinel'): del cfg.sentinel
     try:
-        for n in [n for n in _HEADS if hasattr(cfg, n)][:1]: setattr(cfg, n, heads)
-        for n in [n for n in _KV if hasattr(cfg, n)][:1]: setattr(cfg, n, kv_heads)
+        for n in [n for n in HEAD_COUNTS if hasattr(cfg, n)][:1]: setattr(cfg, n, heads)
+        for n in [n for n in KV_COUNTS if hasattr(cfg, n)][:1]: setattr(cfg, n, kv_heads)
         if getattr(cfg, 'head_dim', None) != d and (hasattr(cfg, 'head_dim') or heads*d != cfg.hidden_size): cfg.head_dim = d
         for b in bias: setattr(cfg, b, True)
         getattr(cfg, 'validate', lambda: None)()     # Llama's wants a width that the number of heads divides, as does loading it
@@ -263,7 +263,7 @@ def _skeleton(m, heads, kv_heads, d, bias=()):
 # %% ../nbs/07b_export.ipynb #c0030
 def _separable(m, kept, heads):
     "Refuse architectures in which a head that leaves changes what others compute."
-    stay = next((k for k in kept if k.site and k.site.stay and not (k.whole and heads == _first(m.config, _HEADS))), None)
+    stay = next((k for k in kept if k.site and k.site.stay and not (k.whole and heads == first_attr(m.config, HEAD_COUNTS))), None)
     if stay: raise ValueError(
         f'layer {stay.layer} ({type(stay.site.attn).__name__}) computes a norm or a mask from all heads, so a plain checkpoint cannot leave any out; '
         'save_pretrained can, for readers with sentinel_ai')

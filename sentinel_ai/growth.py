@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim, in_features, out_features, _stacks
+from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim, in_features, out_features, layer_stacks
 from .plan import HeadPlan, grown_heads
 from .state import built_heads, is_compact, state_of, transaction, will_write
 from .gates import adapt, gate_values, is_adaptive, _base_class
@@ -331,7 +331,7 @@ def _settle(m, key, layers, cfg, changes):
 # %% ../nbs/04c_growth.ipynb #c0033
 def _after(m, hm, layers):
     "The list that holds the layers, and the order of the old layers in the new model; checked."
-    stacks = _stacks([s.path for s in hm], m)
+    stacks = layer_stacks([s.path for s in hm], m)
     key = next(iter(stacks))
     if len(stacks) != 1 or not key or len(m.get_submodule(key)) != len(hm) or any(s.shared_by for s in hm): raise UnsupportedArchitecture(
         f'{type(m).__name__} cannot get further layers: one list with a row of the head map for each layer is needed; its attention lies in {list(stacks)}')

@@ -13,8 +13,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .heads import (AttnSite, UnsupportedArchitecture, base_model, core_linear, in_dim, _HEADS,
-                               _KV, _per)
+from .heads import (AttnSite, UnsupportedArchitecture, base_model, core_linear, core_name, in_dim, HEAD_COUNTS,
+                               KV_COUNTS, unit_rows)
 from .plan import HeadPlan
 from .state import set_data, state_of, transaction, will_write
 from .gates import Sentinel, adapt, gate_values, is_merged, _attach, _detach, _need_adaptive
@@ -45,7 +45,7 @@ def _share_of(s0, name, part, keep):
     "The same for a parameter with a share for each query head or KV head."
     n, kv = (s0.n_heads, None) if part == 'q' else (s0.n_kv_heads, s0.kv_of.tolist())
     heads = keep if kv is None else sorted({kv[h] for h in keep})
-    return _per(s0.sizes[name]//n, n)[heads].flatten()
+    return unit_rows(s0.sizes[name]//n, n)[heads].flatten()
 
 # %% ../nbs/03_surgery.ipynb #c0031
 def _places(s0, s1, keep, columns=False):
@@ -55,18 +55,13 @@ def _places(s0, s1, keep, columns=False):
     for name in dict.fromkeys(s0.proj.values()):
         idx = every(name) if stays or s1 and name not in s1.sizes else _rows_of(s0, s1, name, keep) if s1 else _NONE
         dim = 1 - in_dim(s0.attn.get_submodule(name))
-        for w, d in (('weight', dim), ('bias', 0)): res[_core_name(s0.attn, name, w)] = d, s0.sizes[name], idx
-    cols = torch.cat([_NONE, *(_per(s0.head_dim, s0.n_heads)[h] for h in keep)])
-    res[_core_name(s0.attn, s0.out_name, 'weight')] = in_dim(s0.out), s0.n_heads*s0.head_dim, cols
+        for w, d in (('weight', dim), ('bias', 0)): res[core_name(s0.attn, name, w)] = d, s0.sizes[name], idx
+    cols = torch.cat([_NONE, *(unit_rows(s0.head_dim, s0.n_heads)[h] for h in keep)])
+    res[core_name(s0.attn, s0.out_name, 'weight')] = in_dim(s0.out), s0.n_heads*s0.head_dim, cols
     for f, d, part in s0.extras: res[f] = d, s0.sizes[f], every(f) if stays else _share_of(s0, f, part, keep)
     return {k: v for k, v in res.items() if _param(s0.attn, k) is not None}
 
 # %% ../nbs/03_surgery.ipynb #c0032
-def _core_name(attn, name, w):
-    "Look through wrappers (an adapter's, Moshi's) to the layer that holds the weight."
-    m, core = attn.get_submodule(name), core_linear(attn.get_submodule(name))
-    return f'{name}.{w}' if m is core else f'{name}.{next(n for n, x in m.named_modules() if x is core)}.{w}'
-
 def _param(attn, name):
     path, _, w = name.rpartition('.')
     return getattr(attn.get_submodule(path), w, None)
@@ -217,7 +212,7 @@ def _path(s0): return '' if s0.inner is s0.attn else 'self'
 
 # %% ../nbs/03_surgery.ipynb #c0048
 def _wire_columns(s0, keep, w):
-    w.index('columns', torch.cat([_NONE, *(_per(s0.head_dim, s0.n_heads)[h] for h in keep)]))
+    w.index('columns', torch.cat([_NONE, *(unit_rows(s0.head_dim, s0.n_heads)[h] for h in keep)]))
     w.tap = (s0.out, s0.out.register_forward_pre_hook(w.pick_columns, prepend=True))
 
 # %% ../nbs/03_surgery.ipynb #c0049
@@ -228,13 +223,13 @@ def _wire_counts(s0, s1, w):
     for path in dict.fromkeys(('', _path(s0))):
         for k, v in list(vars(s0.attn.get_submodule(path)).items()):
             if type(v) is not int: continue
-            if k in _HEADS and v == n: w.put(s0.attn, path, k, n1)
-            elif k in _KV and v == g: w.put(s0.attn, path, k, g1)
+            if k in HEAD_COUNTS and v == n: w.put(s0.attn, path, k, n1)
+            elif k in KV_COUNTS and v == g: w.put(s0.attn, path, k, g1)
             elif k == 'num_key_value_groups': w.put(s0.attn, path, k, 1 if s1.kv else n1//g1)
             elif k in _WIDTHS and v == n*d: w.put(s0.attn, path, k, n1*d)
             elif k == 'kv_dim' and v == g*d: w.put(s0.attn, path, k, g1*d)
     reads = lambda k: isinstance(getattr(cfg, k, None), int) and re.search(rf'self\.config\.{k}\b', _source(type(s0.inner)))
-    own = {k: c for names, c in ((_HEADS, n1), (_KV, g1)) for k in names if reads(k)}
+    own = {k: c for names, c in ((HEAD_COUNTS, n1), (KV_COUNTS, g1)) for k in names if reads(k)}
     if s1.kv and s1.layout != 'grouped': own['_attn_implementation'] = 'sentinel'
     if own: w.put(s0.attn, _path(s0), 'config', _LayerConfig(cfg, **own))
 
@@ -584,8 +579,8 @@ def head_slices(
     for part in parts:
         name, idx = site.rows(part, head)
         dim = 1 - in_dim(site.attn.get_submodule(name))
-        for w, d in (('weight', dim), ('bias', 0)): res.append((_core_name(site.attn, name, w), d, idx, part))
-    res.append((_core_name(site.attn, site.out_name, 'weight'), in_dim(site.out), torch.arange(site.cols(head).start, site.cols(head).stop, device='cpu'), 'o'))
+        for w, d in (('weight', dim), ('bias', 0)): res.append((core_name(site.attn, name, w), d, idx, part))
+    res.append((core_name(site.attn, site.out_name, 'weight'), in_dim(site.out), torch.arange(site.cols(head).start, site.cols(head).stop, device='cpu'), 'o'))
     if parts: res += [(f, d, _share_of(site, f, part, [head]), part) for f, d, part in site.extras]
     return [r for r in res if _param(site.attn, r[0]) is not None and not ((r[0], int(r[2][0])) in seen or seen.add((r[0], int(r[2][0]))))]
 

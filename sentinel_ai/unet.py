@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import UnsupportedArchitecture, base_model, out_features, _stacks
+from .heads import UnsupportedArchitecture, base_model, out_features, layer_stacks
 from .state import built_heads
 from .measure import HeadStats
 from .surgery import HeadPlan
@@ -130,7 +130,7 @@ def leave(self:SkipPathways, stack, args, out):
 def _block_paths(m):
     "The path of each row's block, and of the module that holds the blocks."
     hm = built_heads(m)
-    rows, stacks = [], _stacks([s.path for s in hm], m)
+    rows, stacks = [], layer_stacks([s.path for s in hm], m)
     if '' in stacks: raise UnsupportedArchitecture(f'{type(m).__name__}: {stacks[""]} lie in no ModuleList, so there are no blocks to connect')
     for key, layers in stacks.items():
         for i in range(len(m.get_submodule(key))): rows += [f'{key}.{i}'] * len(layers.get(i) or [0])

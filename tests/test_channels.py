@@ -1,0 +1,205 @@
+"""The map of MLP channels on the architecture matrix: rows are where it says, and pruning by `places` and `rewire` is exact and undone exactly.
+
+`pytest tests/test_channels.py -k llama` runs one architecture.
+"""
+import copy
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentinel_ai import UnsupportedArchitecture
+from sentinel_ai.channels import channel_map, probe_channels, sites
+from sentinel_ai.heads import core_linear, head_map, in_dim, random_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_matrix import ALL, IDS, build, logits  # noqa: E402
+from test_surgery import attributes, close, state  # noqa: E402
+
+torch.set_num_threads(1)
+# Every MLP of these is a set of routed experts
+NO_MLP = {'gpt_oss', 'granitemoe', 'minimax', 'mixtral', 'olmoe', 'phimoe', 'qwen3_moe'}
+DENSE = [name for name in ALL if name not in NO_MLP]
+# Not every layer of these has a dense MLP: Mamba or attention alone, or routed experts
+PARTLY = {'nemotron_h', 'jamba'}
+# A norm over all channels: disturbing one changes all
+COUPLED = {'bitnet'}
+
+
+def kinds(model):
+    "A site for each kind of MLP in the model."
+    return list({(type(s.mlp), s.layout, s.out_name): s for s in channel_map(model)}.values())
+
+
+def some(n, seed=0, share=.5):
+    "Channels that are kept, at random and uneven."
+    pick = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share
+    pick[-1] = True
+    pick[0] = False
+    return pick.nonzero().flatten().tolist()
+
+
+def cut(site, keep):
+    "Prune channels; returns the parameters' data as they were."
+    places = site.places(keep)
+    old = {name: site.mlp.get_parameter(name).data for name in places}
+    for name, (dim, size, idx) in places.items():
+        data = old[name]
+        assert data.shape[dim] == size
+        site.mlp.get_parameter(name).data = data.index_select(dim, idx.to(data.device))
+    site.rewire(keep)
+    return old
+
+
+def undo(site, old):
+    site.unwire()
+    for name, data in old.items(): site.mlp.get_parameter(name).data = data
+
+
+@torch.no_grad()
+def zero_columns(model, keeps):
+    "What pruning channels means, on the plain model."
+    for site in channel_map(model):
+        gone = [c for c in range(site.n) if c not in set(keeps[site.layer])]
+        lin = core_linear(site.out)
+        lin.weight.index_fill_(in_dim(lin), torch.tensor(gone, dtype=torch.long, device=lin.weight.device), 0)
+    return model
+
+
+@pytest.mark.parametrize('name', DENSE)
+def test_every_layer_is_mapped(name):
+    "A row for each decoder layer, and none is left out silently."
+    model = build(name)
+    cm = channel_map(model)
+    n_layers = len(head_map(model))
+    assert len(cm) == n_layers
+    for l, site in enumerate(cm.sites):
+        assert site is None or site.layer == l
+        assert site is not None or name in PARTLY or any(f'.{l}.' in path for path in cm.unmapped)
+    if name not in PARTLY: assert all(s is not None for s in cm.sites)
+    assert cm.channel_params() <= cm.n_params
+
+
+@pytest.mark.parametrize('name', DENSE)
+def test_map_matches_the_arithmetic(name):
+    "Disturbing the rows that the map calls a channel's changes exactly that column of the down projection's input."
+    model = build(name)
+    for site in kinds(model):
+        for part in site.proj:
+            for channels in ([0], [site.n//2, site.n-1]):
+                got = probe_channels(model, site, part, channels).nonzero().flatten().tolist()
+                if name in COUPLED: assert set(channels) <= set(got)
+                else: assert got == channels, f'{part} of {channels}'
+
+
+@pytest.mark.parametrize('how', ['some', 'none', 'first-layer-none'])
+@pytest.mark.parametrize('name', DENSE)
+def test_pruned_equals_zeroed_columns_and_back(name, how):
+    model = build(name)
+    before, had, want = state(model), attributes(model), logits(model)
+    cm = channel_map(model)
+    first = next(iter(cm)).layer
+    none = lambda s: how == 'none' or how == 'first-layer-none' and s.layer == first
+    keeps = {s.layer: [] if none(s) else some(s.n, s.layer) for s in cm}
+    zeroed = logits(zero_columns(copy.deepcopy(model), keeps))
+    assert not torch.equal(zeroed, want), 'pruning channels had no effect'
+    old = {s.layer: cut(s, keeps[s.layer]) for s in cm}
+    close(logits(model), zeroed)
+    now = channel_map(model)
+    assert [s.n for s in now] == [len(keeps[s.layer]) for s in now]
+    assert sum(p.numel() for p in model.parameters()) < sum(v.numel() for v in before.values())
+    for s in cm: undo(s, old[s.layer])
+    assert torch.equal(logits(model), want)
+    after = state(model)
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in after)
+    assert attributes(model) == had
+    assert not any('channel_wiring' in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'bitnet', 'moshi', 'opt'])
+def test_pruned_model_is_copied_and_pickled(name):
+    model = build(name)
+    site = channel_map(model)[0]
+    old = cut(site, some(site.n))
+    want = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), want)
+        channel_map(twin)[0].unwire()
+        assert site.mlp.channel_wiring is not None
+    undo(site, old)
+
+
+@pytest.mark.parametrize('name', ['llama', 'phi3', 'gpt2', 'moshi'])
+def test_gradients_reach_a_pruned_mlp(name):
+    model = build(name).train()
+    for keep in ([1, 5, 7], []):
+        site = channel_map(model)[0]
+        old = cut(site, keep)
+        model(IDS, labels=IDS).loss.backward()
+        for p in site.mlp.parameters(): assert p.grad is None or p.grad.shape == p.shape
+        model.zero_grad()
+        undo(site, old)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_parts_add_up(name):
+    model = build(name)
+    both = sites(model)
+    assert sum(both.parts.values()) == sum(p.numel() for p in model.parameters())
+    assert all(n >= 0 for n in both.parts.values())
+    assert (both.channels is None) == (name in NO_MLP)
+    assert both.parts['experts'] > 0 or not both.why
+
+
+@pytest.mark.parametrize('name', sorted(NO_MLP))
+def test_without_a_dense_mlp(name):
+    with pytest.raises(UnsupportedArchitecture, match='no dense MLP.*routed experts.*register_mlp'): channel_map(build(name))
+
+
+def test_cost_sums_to_what_is_saved():
+    for name in ('llama', 'gpt2', 'phi3', 'bert', 'deepseek_v2'):
+        model = build(name)
+        site = channel_map(model)[0]
+        total, each = sum(p.numel() for p in model.parameters()), site.cost()
+        keep = some(site.n)
+        cut(site, keep)
+        assert total - sum(p.numel() for p in model.parameters()) == round(each*(site.n - len(keep)))
+
+
+ZAMBA = dict(num_hidden_layers=4, num_attention_heads=4, attention_head_dim=16, mamba_expand=2,
+             layers_block_type=['mamba', 'hybrid', 'mamba', 'hybrid'])
+
+
+@pytest.mark.parametrize('name,more', [('zamba', {}), ('zamba2', dict(num_mem_blocks=1, hybrid_layer_ids=[1, 3]))])
+def test_twins_are_pruned_together(name, more):
+    "Zamba's layers share a block: modules of their own with the same parameters; Zamba 2's have adapters with rows for each channel besides."
+    model = random_model(name, **ZAMBA, **more).to(IDS.device)
+    cm = channel_map(model)
+    site = cm[1]
+    assert [s is not None for s in cm.sites] == [False, True, False, False]
+    assert len(site.twins) == 1 and site.shared_by == (site.path.replace('.1.', '.3.'),)
+    if name == 'zamba': assert site.cost('flops') == 2*2*sum(p.numel() for p in site.mlp.parameters())/site.n  # two layers, two operations
+    for part in site.proj: assert probe_channels(model, site, part, [3, 9]).nonzero().flatten().tolist() == [3, 9]
+    want, had = logits(model), attributes(model)
+    for keep in (some(site.n), []):
+        zeroed = logits(zero_columns(copy.deepcopy(model), {1: keep}))
+        old = cut(site, keep)
+        close(logits(model), zeroed)
+        assert [s.n for s in channel_map(model)] == [len(keep)]
+        undo(site, old)
+        assert torch.equal(logits(model), want) and attributes(model) == had
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_adapters_are_looked_through(name):
+    "A wrapper at a projection's path: the site finds the weight inside, the hook and `out` the wrapper."
+    peft = pytest.importorskip('peft')
+    model = build(name)
+    target = channel_map(model)[0].out_name
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target], fan_in_fan_out=name == 'gpt2')).eval()
+    site = channel_map(model)[0]
+    assert hasattr(site.out, 'base_layer')
+    assert f'{target}.base_layer.weight' in site.places(range(site.n))
+    part = 'up'
+    assert probe_channels(model, site, part, [3]).nonzero().flatten().tolist() == [3]
