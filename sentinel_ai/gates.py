@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'GateConfig', 'hard_concrete', 'open_prob', 'Sentinel', 'AdaptiveMixin', 'adaptive_class', 'adapt',
            'is_adaptive', 'is_merged', 'unadapt', 'Budget', 'AttnView', 'Block', 'Blocks', 'gate_values', 'set_gates',
-           'closed_share', 'budget_target', 'gate_penalty', 'harden_gates', 'lowest', 'merge_gates', 'unmerge_gates']
+           'closed_share', 'budget_target', 'gate_penalty', 'harden_gates', 'merge_gates', 'unmerge_gates']
 
 # %% ../nbs/01_gates.ipynb #c0002
 import copyreg, functools, math, torch
@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from .heads import UNITS, AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
+from .choose import lowest
+from .heads import UNITS, AttnSite, base_model, core_linear, head_cost, head_map, in_dim
 from .state import start_state, state_of, transaction, will_write
 
 # %% ../nbs/01_gates.ipynb #c0008
@@ -403,39 +404,6 @@ def _scores(m):
         sent = s.attn.sentinel
         t[s.layer, :s.n_heads] = (torch.where(sent.gate == 0, -math.inf, sent.log_alpha) if hasattr(sent, 'log_alpha') else sent.prob()).float().cpu()
     return t if m.sentinel.config.sparsity is not None or m.sentinel.config.mode != 'hard_concrete' else torch.sigmoid(t)
-
-# %% ../nbs/01_gates.ipynb #c0077
-def _by_group(x, site, reduce):
-    "Give every query head what its group comes to."
-    return torch.zeros(site.n_kv_heads, dtype=x.dtype).scatter_reduce(0, site.kv_of, x, reduce, include_self=False)[site.kv_of]
-
-def _whole_groups(close, hm):
-    for s in hm: close[s.layer, :s.n_heads] = _by_group(close[s.layer, :s.n_heads].int(), s, 'amin').bool()
-    return close
-
-# %% ../nbs/01_gates.ipynb #c0080
-def lowest(
-    hm:HeadMap, # The model's heads
-    scores:Float[Tensor, 'l h'], # What to keep, highest first
-    share:float, # Share to close, 0 to 1
-    unit:str='heads', # 'heads', 'params' or 'kv_bytes'
-) -> Float[Tensor, 'l h']: # Boolean, True for the heads to close
-    "The heads with the lowest scores that make up `share`, to the nearest one. For KV bytes whole groups, by their best head."
-    scores, cost = scores.clone(), {s.layer: head_cost(s, unit) for s in hm}
-    if unit == 'kv_bytes':
-        for s in hm: scores[s.layer, :s.n_heads] = _by_group(scores[s.layer, :s.n_heads], s, 'amax')
-    goal = share * sum(a*s.n_heads + b*s.n_kv_heads for s in hm for a, b in [cost[s.layer]])
-    close, saved = torch.zeros(hm.shape, dtype=torch.bool), 0.
-    group = {s.layer: s.kv_of.tolist() for s in hm}
-    left = {(l, g): gs.count(g) for l, gs in group.items() for g in set(gs)}
-    for i in scores.flatten().argsort(stable=True).tolist():
-        l, h = divmod(i, hm.shape[1])
-        if scores[l, h].isnan(): continue
-        left[g := (l, group[l][h])] -= 1
-        step = cost[l][0] + (cost[l][1] if left[g] == 0 else 0)
-        if step > 0 and saved + step/2 > goal: break
-        saved += step; close[l, h] = True
-    return _whole_groups(close, hm) if unit == 'kv_bytes' else close
 
 # %% ../nbs/01_gates.ipynb #c0085
 def _columns(lin, site):

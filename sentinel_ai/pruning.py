@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'predict', 'holds_bias', 'repair_layer', 'undo_repair', 'unprune', 'repair_share', 'out_weight',
-           'shift_repair', 'unit_cost', 'choose', 'total_cost', 'choose_evenly', 'latency', 'prune', 'close_heads']
+           'shift_repair', 'latency', 'prune', 'close_heads']
 
 # %% ../nbs/03b_pruning.ipynb #c0002
 import copy, math, statistics, time, torch
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
-from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim, out_features
+from .heads import AttnSite, base_model, core_linear, head_map, in_dim, out_features
+from .choose import choose, choose_evenly, head_items, saved_cost, total_cost
 from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, _base_class
 from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
 from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full
@@ -194,115 +195,6 @@ def shift_repair(
             old, new = reps[name]
             reps[name] = old, full_param(m, name).clone() if torch.equal(now, new) else new + delta.to(new)
 
-# %% ../nbs/03b_pruning.ipynb #c0023
-def unit_cost(
-    site:AttnSite, # An attention layer
-    unit:str, # 'heads', 'params', 'kv_bytes' or 'flops'
-    context:int=512, # Tokens attended to on average, for 'flops'
-) -> tuple: # Cost of a query head, cost of a KV head
-    "What leaves with a query head, and with the last one of a group; FLOPs are per token, two for each multiplication."
-    if unit != 'flops': return head_cost(site, unit)
-    a, b = head_cost(site, 'params')
-    return 2*a + 4*site.head_dim*context, 2*b
-
-def _groups(site): return site.kv_of.tolist()
-
-def _items(hm, whole):
-    "What may leave in one step: `(layer, heads)`, single heads or whole groups."
-    for s in hm:
-        g = _groups(s)
-        yield from ((s.layer, [h for h in range(s.n_heads) if g[h] == k]) for k in dict.fromkeys(g)) if whole else ((s.layer, [h]) for h in range(s.n_heads))
-
-# %% ../nbs/03b_pruning.ipynb #c0024
-def choose(
-    hm:HeadMap, # The model's heads
-    closed:Bool[Tensor, 'l h'], # Those that are closed already
-    goal:float, # How much is to be closed altogether, in `unit`
-    scores:Float[Tensor, 'l h'], # Higher is worth more
-    pairs:Float[Tensor, 'lh lh']|None=None, # Fisher information of pairs; None: scores alone decide
-    unit:str='heads', # 'heads', 'params', 'kv_bytes' or 'flops'
-    min_heads:int=0, # Heads that must stay in each layer
-    protect:Bool[Tensor, 'l h']|None=None, # Heads that must stay
-    whole:bool=False, # Close whole KV groups
-    context:int=512, # For 'flops'
-) -> Bool[Tensor, 'l h']: # All that is closed then, the old ones included
-    "Close heads greedily until `goal` is met: to the nearest head for heads, at least `goal` for other units."
-    H, cost, closed = hm.shape[1], {s.layer: unit_cost(s, unit, context) for s in hm}, closed.clone()
-    items = [(l, hs) for l, hs in _items(hm, whole or unit == 'kv_bytes') if not all(closed[l, h] for h in hs)]
-    A = torch.zeros(len(items), hm.shape[0]*H, dtype=torch.float64)
-    for i, (l, hs) in enumerate(items): A[i, [l*H + h for h in hs if not closed[l, h]]] = 1
-    F = None if pairs is None else A @ pairs.double() @ A.T
-    price = A @ scores.double().flatten().nan_to_num()/A.sum(1) if F is None else .5*F.diagonal()
-    free = torch.tensor([protect is None or not any(protect[l, h] for h in hs) for l, hs in items])
-    saved, price = _saved(hm, closed, cost), price.clone()
-    step = torch.tensor([_step(hm, closed, cost, *it) for it in items], dtype=torch.float64)
-    while free.any():
-        value = torch.where(free, price/step.clamp_min(1e-9) if F is not None else price, math.inf)
-        i = int(value.argmin()); l, hs = items[i]
-        free[i] = False
-        if hm[l].n_heads - int(closed[l].sum()) - len(hs) < min_heads: continue
-        if step[i] > 0 and (saved + step[i]/2 > goal if unit == 'heads' else saved >= goal - 1e-6): break
-        saved += float(step[i]); closed[l, hs] = True
-        for j in free.nonzero().flatten().tolist():
-            if items[j][0] == l: step[j] = _step(hm, closed, cost, *items[j])     # the last head of a group takes its KV head along
-        if F is not None: price = price + F[:, i]
-    return closed
-
-# %% ../nbs/03b_pruning.ipynb #c0025
-def _step(hm, closed, cost, l, hs):
-    "What closing these heads saves, given what is closed."
-    g, new = _groups(hm[l]), [h for h in hs if not closed[l, h]]
-    gone = {g[h] for h in new if all(closed[l, j] or j in hs for j in range(len(g)) if g[j] == g[h])}
-    return cost[l][0]*len(new) + cost[l][1]*len(gone)
-
-def _saved(hm, closed, cost):
-    none = torch.zeros_like(closed)
-    return float(sum(_step(hm, none, cost, s.layer, closed[s.layer, :s.n_heads].nonzero().flatten().tolist()) for s in hm))
-
-def total_cost(
-    hm:HeadMap, # The model's heads
-    unit:str, # 'heads', 'params', 'kv_bytes' or 'flops'
-    context:int=512, # For 'flops'
-) -> float:
-    "What all heads cost together."
-    return sum(a*s.n_heads + b*s.n_kv_heads for s in hm for a, b in [unit_cost(s, unit, context)])
-
-# %% ../nbs/03b_pruning.ipynb #c0027
-def choose_evenly(
-    hm:HeadMap, # The model's heads
-    closed:Bool[Tensor, 'l h'], # Those that are closed already
-    share:float, # Share of each layer's heads to close altogether
-    scores:Float[Tensor, 'l h'], # Higher is worth more
-    pairs=None, # As for `choose`
-    min_heads:int=0, # Heads that must stay in each layer
-    protect=None, # Heads that must stay
-    whole:bool=False, # Whole KV groups leave
-) -> Bool[Tensor, 'l h']: # All that is closed then
-    "Close the same number of heads in every layer (to the nearest that keeps groups even), each layer its cheapest."
-    res = closed.clone()
-    for s in hm:
-        g = torch.tensor(_groups(s))
-        alone = whole or s.n_heads == s.n_kv_heads                   # heads with keys of their own are groups of one
-        unit = int((g == g[0]).sum()) if alone else s.n_kv_heads
-        n = min(round(share*s.n_heads/unit), (s.n_heads - min_heads)//unit)*unit
-        F = None if pairs is None else pairs.view(*hm.shape, *hm.shape)[s.layer, :s.n_heads, s.layer, :s.n_heads].double()
-        price = scores[s.layer, :s.n_heads].double() if F is None else .5*F.diagonal().clone()
-        shut, must = res[s.layer, :s.n_heads], torch.zeros(s.n_heads, dtype=torch.bool) if protect is None else protect[s.layer, :s.n_heads]
-        while int(shut.sum()) < n: _take_one(s, g, shut, must, price, F, n, alone)
-    return res
-
-def _take_one(s, g, shut, must, price, F, n, whole):
-    "Close the cheapest head (or group) that keeps the layer even."
-    per, cand = n//s.n_kv_heads, ~shut & ~must
-    if whole: cand &= torch.stack([~must[g == k].any() for k in g])
-    else: cand &= torch.stack([shut[g == k].sum() < per for k in g])
-    if not cand.any(): raise ValueError(f'layer {s.layer}: protected heads leave no even choice of {n} heads; protect fewer, or use scope="global"')
-    value = torch.stack([price[g == k].sum() for k in g]) if whole else price
-    h = int(torch.where(cand, value, math.inf).argmin())
-    new = (g == g[h]) if whole else torch.arange(len(g)) == h
-    shut |= new
-    if F is not None: price += F[:, new].sum(1)
-
 # %% ../nbs/03b_pruning.ipynb #c0029
 @torch.no_grad()
 def latency(
@@ -453,11 +345,10 @@ def reachable(self:_Job, hm):
     if self.unit == 'ms' or self.scope == 'layer': return
     none = torch.zeros(hm.shape, dtype=torch.bool)
     most = choose(hm, none, math.inf, none.float(), None, self.unit, self.min_heads, self.protect, self.whole, self.context)
-    cost = {s.layer: unit_cost(s, self.unit, self.context) for s in hm}
-    step = max(_step(hm, none, cost, *it) for it in _items(hm, self.whole or self.unit == 'kv_bytes'))
-    can = _saved(hm, most, cost)
+    largest = max(len(heads) for _, heads in head_items(hm, self.whole))
+    can = saved_cost(hm, most, self.unit, self.context)
     what = f'closing {self.goal:g} {self.unit} with min_heads={self.min_heads}, {int(self.protect.sum())} protected'
-    _need(self.goal <= can + (step/2 if self.unit == 'heads' else 1e-6), what, f'up to {can:g}')
+    _need(self.goal <= can + (largest/2 if self.unit == 'heads' else 1e-6), what, f'up to {can:g}')
 
 # %% ../nbs/03b_pruning.ipynb #c0040
 def _tell_memory(m, leaving, stats, optimizer, step=None):
@@ -479,7 +370,8 @@ def run(self:_Job, m):
         shape = lambda n: choose(hm, start, n, rank, None, 'heads', self.min_heads, self.protect, self.whole)
         n = _fits_ms(m, self.goal, shape, self.batches[0][0])
         self.unit, self.goal = 'heads', float(n)
-    total, before = total_cost(hm, self.unit, self.context), _saved(hm, start, {s.layer: unit_cost(s, self.unit, self.context) for s in hm})
+    total = total_cost(hm, self.unit, self.context)
+    before = saved_cost(hm, start, self.unit, self.context)
     rounds = self.rounds or max(1, math.ceil((self.goal - before)/total/max(.05, 4/hm.n_heads) - .1))
     for r in range(rounds): self.one_round(m, before + (self.goal - before)*(r + 1)/rounds, total)
     plan = HeadPlan.from_gates(m)
@@ -494,7 +386,7 @@ def run(self:_Job, m):
 def one_round(self:_Job, m, goal, total):
     "Measure, choose, repair, close."
     hm, closed = m.sentinel.now, _shut(m)
-    if goal <= _saved(hm, closed, {s.layer: unit_cost(s, self.unit, self.context) for s in hm}): return
+    if goal <= saved_cost(hm, closed, self.unit, self.context): return
     text = [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in self.batches]
     stats = measure(m, text, self.needs(), repair=self.repair, progress=self.progress)
     if self.criterion == 'auto': self.criterion = self.pick(m, stats, self.goal, total)

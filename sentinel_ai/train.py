@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from .heads import UNITS
+from .choose import lowest
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
-                               lowest, set_gates, _settings)
+                               set_gates, _settings)
 from .surgery import HeadPlan, compact, head_slices, original_heads
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory

@@ -77,7 +77,7 @@ def test_rounds_add_up_and_a_broken_run_leaves_nothing():
 @pytest.mark.parametrize('unit', ['params', 'kv_bytes', 'flops'])
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'mistral', 'gemma2'])
 def test_budgets_are_met(name, unit):
-    from sentinel_ai.pruning import total_cost
+    from sentinel_ai.choose import total_cost
     model = build(name)
     hm_all = sum(p.numel() for p in model.parameters())
     total = {'params': hm_all, 'kv_bytes': None, 'flops': None}[unit]
