@@ -1,6 +1,7 @@
 """Each notebook is one test: its cells run in order in a process of their own, through `nbdev.test.test_nb`.
 
 Cells marked with a flag of `tst_flags` (settings.ini) are left out; NB_FLAGS="slow net" brings those back.
+SENTINEL_RERUN=1 brings the slow ones back too, and lets them replace stored results (sentinel_ai.testing).
 `#| eval: false` cells never run. A notebook stops after NB_TIMEOUT seconds (900).
 """
 import importlib.util
@@ -60,6 +61,7 @@ class NotebookTest(pytest.Item):
         timeout = float(os.environ.get('NB_TIMEOUT', 900))
         with tempfile.TemporaryDirectory() as d:
             force, base = os.environ.get('NB_FLAGS', '').split(), str(ROOT) if CHECKOUT else None
+            if os.environ.get('SENTINEL_RERUN') == '1': force.append('slow')
             out, log = Path(d)/'res.json', Path(d)/'log'
             p = FORKS.Process(target=exec, args=(CHILD, dict(args=(str(self.path), skip, force, base, str(out), str(log)))))
             p.start()

@@ -16,6 +16,7 @@ from sentinel_ai.choose import lowest
 from sentinel_ai.gates import closed_share, gate_penalty, harden_gates
 from sentinel_ai.heads import core_linear, head_cost, random_model
 from sentinel_ai.surgery import HeadPlan, compact, expand, replay
+from sentinel_ai.testing import cache_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
@@ -107,7 +108,7 @@ def test_bfloat16(name):
 
 
 def cache_bytes(model):
-    layers = model(IDS, use_cache=True).past_key_values.layers
+    layers = cache_of(model(IDS, use_cache=True)).layers
     return [sum(t.numel()*t.element_size() for t in (x.keys, x.values)) for x in layers]
 
 
@@ -120,7 +121,7 @@ def test_the_cache_shrinks(name):
     for l, (a, b) in cost.items():
         assert full[l] == IDS.numel()*(a*int(plan.exists[l].sum()) + b*plan.kv[l])
         assert now[l] == IDS.numel()*(a*plan.heads()[l] + b*plan.kv_heads()[l])
-    assert now[0] == 0 and model(IDS, use_cache=True).past_key_values.get_seq_length() == IDS.shape[1]
+    assert now[0] == 0 and cache_of(model(IDS, use_cache=True)).get_seq_length() == IDS.shape[1]
 
 
 @pytest.mark.parametrize('empty', [None, 0])
