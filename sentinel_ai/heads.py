@@ -310,7 +310,9 @@ def _read_site(model, path, attn, layer):
     if proj is None:
         fused = next((n for n in _FUSED if has_module(attn, n)), None)
         if fused: proj, layout = dict.fromkeys('qkv', fused), _FUSED[fused]
-        elif has_module(attn, 'kv_b_proj'): proj, layout = dict(k='kv_b_proj', v='kv_b_proj') | {'q': n for n in ('q_proj', 'q_b_proj') if has_module(attn, n)}, 'mla'
+        elif has_module(attn, 'kv_b_proj'):
+            proj = dict(k='kv_b_proj', v='kv_b_proj') | {'q': n for n in ('q_proj', 'q_b_proj') if has_module(attn, n)}
+            layout = 'mla'
         else: proj = next(({k: n for k, n in d.items() if has_module(attn, n)} for d in _QKV if has_module(attn, d['q'])), None)
     if out_name is None or proj is None: return None
     layout, cfg = facts.get('layout', layout), getattr(attn, 'config', None) or model.config.get_text_config()

@@ -55,7 +55,7 @@ def check_state(name, model):
     assert stored.keys() <= now.keys()
     for key, want in stored.items(): same(now[key], want)
     same(sa.gate_values(model), EXPECTED[f'{name}/gates'])
-    plan, known = getattr(model, 'sentinel_plan', None), FACTS[name]
+    plan, known = model.sentinel.plan if model.sentinel.compact else None, FACTS[name]
     if known['plan'] is None: assert plan is None
     else:
         assert plan == sa.HeadPlan.from_dict(known['plan'])
