@@ -75,7 +75,7 @@ def _fill(m, now, big, local, new, init, gen, names):
 
 # %% ../nbs/04c_growth.ipynb #c0016
 def _grow_heads(m, heads, init, optimizer, seed, scores):
-    _ready(m, optimizer)
+    _ready(m, optimizer, 'grow')
     before = getattr(m, 'sentinel_origin', None) or m.sentinel_map
     plan, scores, want, gen = _plan_of(m), strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
     if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
@@ -219,7 +219,7 @@ def ungrow(
     m = base_model(model)
     hm = getattr(m, 'sentinel_origin', None)
     if hm is None or not _grown(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
-    _ready(model, optimizer)
+    _ready(model, optimizer, 'grow')
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     keep = _fit(m.sentinel_plan.keep, 1, native.shape[1]) & _origin(native).exists
     if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .heads import AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim, out_features
-from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt, _base_class
+from .gates import adapt, check_edit, gate_values, is_adaptive, is_merged, set_gates, unadapt, _base_class
 from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
 from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full, _plan_of
 
@@ -113,7 +113,7 @@ def undo_repair(
 ) -> nn.Module: # The same model
     "Take back what repair changed: bit for bit if nothing was trained since, else the difference is taken off."
     m = base_model(model)
-    if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
+    check_edit(model, 'undo')
     m.__dict__.pop('sentinel_predictors', None)
     for name, (old, new) in m.__dict__.pop('sentinel_repairs', {}).items():
         path, _, leaf = name.rpartition('.')
@@ -131,6 +131,7 @@ def unprune(
 ) -> nn.Module: # The same model, all heads open
     "The inverse of `prune` and `compact`: all heads back, repair taken off, gates at 1."
     m = base_model(model)
+    check_edit(model, 'unprune')
     if hasattr(m, 'sentinel_plan') and m.sentinel_plan.removed: expand(m, optimizer)
     undo_repair(m)
     set_gates(m, 1.)
@@ -568,6 +569,8 @@ def close_heads(
 ) -> HeadPlan: # The plan in force then
     "Close these heads and repair what is left. Raises before anything is changed."
     _need(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
+    check_edit(model, 'close')
+    if repair != 'none': check_edit(model, 'repair')
     m = base_model(adapt(model))
     hm, leaving = m.sentinel_map, torch.zeros(m.sentinel_map.shape, dtype=torch.bool)
     for l, h in heads:
