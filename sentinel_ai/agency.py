@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
-from .gates import adapt, is_adaptive, is_merged
+from .gates import adapt, check_edit, is_adaptive
 from .state import state_of, transaction
 from .surgery import HeadPlan, original_heads
 
@@ -172,7 +172,7 @@ def _copy(self:Agency): return {k: t.clone() for k, t in self.tables.items()}
 
 def _usable(m):
     "Raise unless factors would have an effect."
-    if is_adaptive(m) and is_merged(m): raise RuntimeError('the gates are merged into the weights, where factors have no effect; unmerge_gates(model) first')
+    check_edit(m, 'factors')
     if not is_adaptive(m): raise RuntimeError(f'{type(m).__name__} has lost its gates; detach() this agency, or adapt(model) again')
 
 # %% ../nbs/05_agency.ipynb #c0022

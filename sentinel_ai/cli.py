@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROMISES', 'STEPS', 'Parser', 'opt', 'need', 'user_errors', 'interruptible', 'load', 'default_model',
-           'GenerateOptions', 'generate_cli', 'gate_grid', 'InspectOptions', 'inspect_cli', 'whole', 'spread', 'zeroed',
+           'GenerateOptions', 'generate_cli', 'gate_grid', 'InspectOptions', 'inspect_cli', 'spread', 'zeroed',
            'causal', 'Compat', 'check', 'CompatOptions', 'compat_cli', 'RunOptions', 'TrainOptions', 'run_dir',
            'result_rows', 'text_table', 'md_table', 'versions', 'report', 'save_run', 'train_cli']
 
 # %% ../nbs/12_cli.ipynb #c0002
-import difflib, functools, json, os, platform, re, shlex, shutil, sys, time, warnings
+import difflib, functools, json, os, platform, re, shlex, sys, time, warnings
 import datasets, torch, transformers, matplotlib.pyplot as plt
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from .io import whole, write_text
 from .heads import core_linear, head_map, in_dim, random_model
 from .gates import adapt, gate_values, set_gates, unadapt
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
@@ -218,20 +219,6 @@ def inspect_cli(
     print(f'gates by layer, {int((g > 0).sum())} of {hm.n_heads} heads open (● open, ○ closed, digits tenths):\n{gate_grid(g)}\n')
     print(_params(model))
     return 0
-
-# %% ../nbs/12_cli.ipynb #c0030
-@contextmanager
-def whole(path): # A file or folder to be written
-    "Yields a temporary name beside `path`, which replaces it when all went well and leaves nothing behind when not."
-    path = Path(path)
-    tmp = path.with_name(f'.{path.stem}-{os.getpid()}{path.suffix}')
-    try:
-        yield tmp
-        if path.is_dir(): shutil.rmtree(path)
-        os.replace(tmp, path)
-    finally:
-        if tmp.is_dir(): shutil.rmtree(tmp)
-        else: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/12_cli.ipynb #c0031
 def _params(model):
@@ -482,10 +469,6 @@ def run_dir(
     d.mkdir(parents=True, exist_ok=True)
     return d
 
-# %% ../nbs/12_cli.ipynb #c0056
-def _write(path, text):
-    with whole(path) as p: p.write_text(text, encoding='utf-8')
-
 # %% ../nbs/12_cli.ipynb #c0059
 def result_rows(
     res:TrainResult, # What `train_gates` gave
@@ -560,11 +543,11 @@ def save_run(
     _save_plot(plot_loss(log, _closing_step(run, res)), folder/'loss.png')
     ends = [dict(phase=k, **getattr(res, k)) for k in ('before', 'closed', 'after')]
     gates = [dict(step=s, gates=[[None if v != v else round(v, 4) for v in row] for row in g.tolist()]) for s, g in zip(res.steps, res.gates)]
-    _write(folder/'metrics.jsonl', ''.join(json.dumps(d) + '\n' for d in [*log[1:], *gates, *ends]))
+    write_text(folder/'metrics.jsonl', ''.join(json.dumps(d) + '\n' for d in [*log[1:], *gates, *ends]))
     settings = dict(command=command, run=asdict(o), gates=asdict(run), training=args.to_dict(), versions=versions())
-    _write(folder/'run.json', json.dumps(settings, indent=1, default=str) + '\n')
+    write_text(folder/'run.json', json.dumps(settings, indent=1, default=str) + '\n')
     html_report(folder)
-    _write(folder/'report.md', report(o, run, res, data, command, folder))
+    write_text(folder/'report.md', report(o, run, res, data, command, folder))
 
 # %% ../nbs/12_cli.ipynb #c0064
 def _first(data, split, n): data[split] = data[split].select(range(min(n, len(data[split]))))

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch, patch_to
+from .io import staged, write_tensors, write_text
 from .gates import hard_concrete, open_prob
 from .measure import HeadStats
 from .surgery import HeadPlan
@@ -499,14 +500,12 @@ def save(self:ANNController,
     path:str|os.PathLike, # A folder; made if it isn't there
     **info, # Anything worth knowing that JSON can hold
 ):
-    "Write weights and `config.json`, under temporary names first. Memory isn't written."
-    from safetensors.torch import save
-    p = Path(path); p.mkdir(parents=True, exist_ok=True)
-    d = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if k not in _MEMORY and not k.startswith('budget.')}
-    (p/'model.safetensors.tmp').write_bytes(save(d))
+    "Write weights and `config.json`, both or none. Memory isn't written."
+    d = {k: v.detach().cpu() for k, v in self.state_dict().items() if k not in _MEMORY and not k.startswith('budget.')}
     text = json.dumps(dict(format=1, width=self.width, features=FEATURES, info=info), indent=1)
-    (p/'config.json.tmp').write_text(text + '\n', encoding='utf-8')
-    for n in ('model.safetensors', 'config.json'): os.replace(p/f'{n}.tmp', p/n)
+    with staged(path, keep=lambda name, stage: True) as folder:
+        write_tensors(folder/'model.safetensors', d)
+        write_text(folder/'config.json', text + '\n')
 
 @patch_to(ANNController, cls_method=True)
 def pretrained(cls,

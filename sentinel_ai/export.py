@@ -6,12 +6,12 @@
 __all__ = ['even_layout', 'Kept', 'kept_heads', 'Exported', 'export_hf', 'pre_tokenizer', 'gguf_logits', 'export_gguf']
 
 # %% ../nbs/07b_export.ipynb #c0002
-import copy, json, os, shutil, tempfile, torch
-from contextlib import contextmanager
+import copy, json, os, torch
 from dataclasses import dataclass
 from pathlib import Path
 from torch import nn, Tensor
 from jaxtyping import Float, Int
+from .io import whole
 from .heads import HEAD_COUNTS, KV_COUNTS, first_attr, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 from .state import is_compact, state_of
 from .gates import _base_class
@@ -137,18 +137,6 @@ def _same(got, want, dtype, what):
     return err
 
 # %% ../nbs/07b_export.ipynb #c0021
-@contextmanager
-def _finished(path):
-    "A temporary name beside `path`, which takes its place when all went well and is removed otherwise."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
-    try:
-        yield tmp/path.name
-        if path.is_dir(): path.rmdir()           # an empty folder; `_free` has refused others
-        os.replace(tmp/path.name, path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-
 def _free(path, folder):
     "Refuse what can't be written to, before any work is done."
     path = Path(path)
@@ -157,6 +145,7 @@ def _free(path, folder):
         raise FileExistsError(f'{path} is a folder that is not empty; give a new one or remove it first')
     if path.exists() and path.is_dir() != folder:
         raise FileExistsError(f'{path} is a {what[path.is_dir()]}; give the path of a {what[folder]}')
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../nbs/07b_export.ipynb #c0023
@@ -335,7 +324,7 @@ def export_hf(
     new.tie_weights()
     new.generation_config = copy.deepcopy(m.generation_config)
     ids, want = _logits(m)
-    with _finished(dir) as tmp:
+    with whole(dir) as tmp:
         new.save_pretrained(tmp)
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
         from transformers import AutoModelForCausalLM
@@ -606,7 +595,7 @@ def export_gguf(
     _in_range(tensors, dtype)
     (ids, want), meta = _logits(m), _meta(m, tensors, kept)
     _same(_deci(lambda n: tensors[n].float() if n in tensors else None, meta, ids), want, m.dtype, "llama.cpp's `deci`")
-    with _finished(path) as tmp:
+    with whole(path) as tmp:
         _write_gguf(tmp, m, tensors, meta, dtype, tok, kind)
         err = _distance(_check_file(tmp, tensors, meta, dtype, ids), want)
     return _exported(path, kept, torch.float16 if dtype == 'f16' else torch.float32, m.config.hidden_size, [path], err)

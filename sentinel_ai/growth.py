@@ -78,7 +78,7 @@ def _fill(m, now, big, local, new, init, gen, names):
 
 # %% ../nbs/04c_growth.ipynb #c0016
 def _grow_heads(m, heads, init, optimizer, seed, scores):
-    _ready(m, optimizer)
+    _ready(m, optimizer, 'grow')
     before = m.sentinel.built
     plan, scores, want, gen = m.sentinel.plan, strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
     if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
@@ -220,7 +220,7 @@ def ungrow(
     m = base_model(model)
     hm = built_heads(m)
     if not grown_heads(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
-    _ready(model, optimizer)
+    _ready(model, optimizer, 'grow')
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     keep = _fit(m.sentinel.plan.keep, 1, native.shape[1]) & HeadPlan.of(native).exists
     if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')

@@ -10,6 +10,7 @@ import copy, difflib, errno, os, re, torch
 from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
+from .io import settle
 from .heads import UnsupportedArchitecture, base_model, check_decoder
 from .gates import GateConfig, adapt
 
@@ -29,6 +30,7 @@ def resolve(
     if p.suffix == '.gguf':
         if not p.is_file(): raise FileNotFoundError(f'{name}: no such GGUF file' + _near(p))
         return str(p.parent), dict(gguf_file=p.name)
+    settle(p)                                             # a save may have been cut off there
     if p.is_dir():
         if not (p/'config.json').is_file(): raise FileNotFoundError(
             f'{name} is a folder without config.json, so no model of transformers; it holds {sorted(x.name for x in p.iterdir())[:6] or "nothing"}')

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
+from .io import write_tensors
 from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 
 # %% ../nbs/02_measure.ipynb #c0008
@@ -359,13 +359,10 @@ def save(self:HeadStats,
     path:str|os.PathLike, # A `.safetensors` file
 ):
     "Write everything to one safetensors file, under a temporary name first."
-    from safetensors.torch import save_file
     flat = {f'{k}/{n}': t.contiguous() for k in ('tables', 'curves') for n, t in getattr(self, k).items()}
     flat |= {f'grams/{l}/{n}': t.contiguous() for l, d in self.grams.items() for n, t in d.items()}
     if self.pairs is not None: flat['pairs'] = self.pairs
-    tmp = Path(f'{os.fspath(path)}.tmp')
-    save_file(flat, tmp, metadata=dict(head_stats='1', info=json.dumps(self.info)))
-    os.replace(tmp, path)
+    write_tensors(path, flat, head_stats='1', info=json.dumps(self.info))
 
 @patch(cls_method=True)
 def load(cls:HeadStats,

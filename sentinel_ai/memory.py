@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .io import write_tensors
 from .heads import AttnSite, base_model
 from .gates import adapt, gate_values, is_adaptive
 from .surgery import head_slices, local_head, original_heads
@@ -135,10 +136,7 @@ def _unflat(tensors, meta):
     return rec
 
 def _write(path, tensors, meta):
-    from safetensors.torch import save_file
-    tmp = path.with_name(path.name + '.tmp')
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=dict(head_memory='1', meta=json.dumps(meta)))
-    os.replace(tmp, path)
+    write_tensors(path, tensors, head_memory='1', meta=json.dumps(meta))
 
 def _read(path):
     from safetensors import safe_open

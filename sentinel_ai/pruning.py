@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .heads import AttnSite, base_model, core_linear, head_map, in_dim, out_features
 from .choose import choose, choose_evenly, head_items, saved_cost, total_cost
-from .gates import adapt, gate_values, is_adaptive, is_merged, set_gates, _base_class
+from .gates import adapt, check_edit, gate_values, is_adaptive, is_merged, set_gates, _base_class
 from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
 from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full
 from .state import RepairLog, transaction, will_write
@@ -117,8 +117,8 @@ def undo_repair(
 ) -> nn.Module: # The same model
     "Take back what repair changed: bit for bit if nothing was trained since, else the difference is taken off."
     m = base_model(model)
+    check_edit(model, 'undo')
     state = m.sentinel
-    if state.plan.removed: raise RuntimeError('this model is compact; expand(model) first, then take the repair back')
     with transaction(m):
         for name, (old, new) in state.repairs.changed.items(): _take_back(m, name, old, new)
         state.repairs = RepairLog()
@@ -141,6 +141,7 @@ def unprune(
 ) -> nn.Module: # The same model, all heads open
     "The inverse of `prune` and `compact`: all heads back, repair taken off, gates at 1."
     m = base_model(model)
+    check_edit(model, 'unprune')
     with transaction(m, optimizer):
         if m.sentinel.plan.removed: expand(m, optimizer)
         undo_repair(m)
@@ -445,6 +446,8 @@ def close_heads(
 ) -> HeadPlan: # The plan in force then
     "Close these heads and repair what is left. Raises before anything is changed."
     _need(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
+    check_edit(model, 'close')
+    if repair != 'none': check_edit(model, 'repair')
     m = base_model(adapt(model))
     hm, leaving = m.sentinel.now, torch.zeros(m.sentinel.now.shape, dtype=torch.bool)
     for l, h in heads:

@@ -235,7 +235,7 @@ def regrow(
     heads = _pick(m, amount, batches, strategy, stats, seed, init)
     if not heads: return Regrowth(model, {}, {}, 0, dict(init=init))
     _possible(m, heads, init, warmup)
-    _ready(model, optimizer)
+    _ready(model, optimizer, 'regrow')
     job = _Seed(m, init, stats, optimizer, alpha, seed, _exact_layers(m, heads) if warmup == 0 and init == 'memory' else {})
     removed = [x for x in heads if local_head(m, *x) is None]
     info = dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed)

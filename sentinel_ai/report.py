@@ -14,6 +14,7 @@ from matplotlib.collections import QuadMesh
 from pathlib import Path
 from torch import Tensor
 from transformers import TrainerCallback
+from .io import write_text
 from .gates import gate_values, is_adaptive
 from .measure import HeadStats, measure
 from .train import AdaptiveCallback, Plasticity, TrainResult
@@ -165,9 +166,7 @@ def report(
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{html.escape(r.title)}</title><style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n')
     path = Path(path) if path is not None else (folder or Path())/'report.html'
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    tmp.write_text(page, encoding='utf-8')
-    os.replace(tmp, path)
+    write_text(path, page)
     return path
 
 # %% ../nbs/11b_report.ipynb #c0031

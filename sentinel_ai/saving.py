@@ -6,14 +6,15 @@
 __all__ = ['FORMAT', 'SentinelConfig', 'SentinelForCausalLM', 'sentinel_config', 'model_card']
 
 # %% ../nbs/07a_saving.ipynb #c0002
-import json, math, os, torch
+import inspect, json, math, os, re, tempfile, torch
 from dataclasses import asdict
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
-from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from .io import settle, staged, write_tensors, write_text
 from .heads import base_model, core_linear, out_features
-from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, _base_class, _save
+from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, unmerged_state, _base_class, _save
 from .state import RepairLog
 from .surgery import HeadPlan, full_param, replay, _size, _unwire, _wire
 from .memory import HeadMemory
@@ -73,8 +74,10 @@ def _shaped(config):
             lin = core_linear(self.get_submodule(n))
             lin.bias = nn.Parameter(lin.weight.new_zeros(out_features(lin)))
         with torch.device('cpu'):                                # transformers builds on the meta device; index tables must not be there
-            adapt(self, GateConfig(**config.gates))
+            gates = GateConfig(**config.gates)
+            adapt(self, GateConfig(dtype=gates.dtype))             # only static gates can be cut
             if config.plan is not None: replay(self, HeadPlan.from_dict(config.plan))
+            adapt(self, gates)
             if config.skips is not None: add_skips(self, **config.skips)
         self.__class__ = base                                      # until it is loaded: transformers converts weights of its own classes only
     keep = {*(getattr(base, '_keep_in_fp32_modules_strict', None) or ()), 'sentinel'}
@@ -90,6 +93,7 @@ class SentinelForCausalLM:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
         "As in transformers. Raises `ValueError` when weights and plan don't fit each other."
         path = os.fspath(pretrained_model_name_or_path)
+        settle(path)
         hub = {k: kwargs[k] for k in ('revision', 'token', 'cache_dir', 'subfolder', 'local_files_only', 'force_download') if k in kwargs}
         config = config or SentinelConfig.from_pretrained(path, **hub)
         base = config.base_config()
@@ -167,19 +171,54 @@ def sentinel_config(
     return cfg
 
 # %% ../nbs/07a_saving.ipynb #c0028
-def _write(path, text):
-    tmp = path.with_name(path.name + '.tmp')
-    tmp.write_text(text, encoding='utf8')
-    os.replace(tmp, path)
+_WEIGHTS = re.compile(r'model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([\w-]+))?\.json')
+
+def _variant(name):
+    "The variant ('' for none) that a file of weights is of; None for other files."
+    found = _WEIGHTS.fullmatch(name)
+    return None if found is None else found[1] or found[2] or ''
+
+def _told_by(config):
+    "What a config says about the model itself."
+    d = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    for part in (d, d.get('base') or {}):
+        for k in ('architectures', 'dtype', 'torch_dtype', 'transformers_version', '_name_or_path'): part.pop(k, None)
+    return d
+
+def _survives(folder):
+    "Which files of `folder` a save leaves: a function for `staged`."
+    def keep(name, stage):
+        if '/' in name: return True
+        if name in (_MEMORY, _HEADS): return False
+        if name == 'README.md': return _CARD not in (folder/name).read_text(encoding='utf-8', errors='replace')
+        if (kind := _variant(name)) is None: return True
+        written = {_variant(p.name) for p in stage.iterdir()} - {None}
+        if not written: return True
+        return kind not in written and _told_by(folder/'config.json') == _told_by(stage/'config.json')
+    return keep
+
+_CARD = 'tags: [sentinel-ai, pruning]'       # by it we know a model card of ours
 
 # %% ../nbs/07a_saving.ipynb #c0031
-def _save_sentinel(m, d, *args, **kwargs):
+def _save_sentinel(m, d, **kwargs):
     cls, cfg = type(m), sentinel_config(m)
+    if is_merged(m): kwargs['state_dict'] = unmerged_state(m, kwargs.get('state_dict'))
     m.__class__ = _base_class(m)
-    try: m.save_pretrained(d, *args, **kwargs)
+    try: m.save_pretrained(d, **kwargs)
     finally: m.__class__ = cls
     cfg.architectures = ['SentinelForCausalLM']
-    if kwargs.get('is_main_process', True): _write(d/'config.json', cfg.to_json_string())
+    if kwargs.get('is_main_process', True): write_text(d/'config.json', cfg.to_json_string())
+
+def _write(m, d, memory, **kwargs):
+    "Write a model into a folder."
+    plain, main = _plain(m), kwargs.get('is_main_process', True)
+    (_save if plain else _save_sentinel)(m, d, **kwargs)
+    if not main: return
+    if not plain: write_text(d/'README.md', model_card(m))
+    if not memory: return
+    _save_memory(m, d/_MEMORY)
+    heads = m.sentinel.memory
+    if heads is not None: heads.save(d/_HEADS)
 
 def _upload(d, repo_id, token):
     from huggingface_hub import HfApi
@@ -196,23 +235,19 @@ def save_pretrained(self:AdaptiveMixin,
     repo_id:str|None=None, # Where to; default the folder's name
     **kwargs, # For transformers' `save_pretrained`: `max_shard_size`, `variant`, …
 ):
-    "As in transformers; a compact model's plan and a model card are written too. A file is complete before it gets its name."
+    "As in transformers; a compact model's plan and a model card are written too. The folder holds the old model or the new one, whatever happens."
     d = Path(save_directory)
     if d.is_file(): raise NotADirectoryError(f'{d} is a file; give a folder')
-    main = kwargs.get('is_main_process', True)
-    if _plain(self): _save(self, d, *args, **kwargs)
-    else:
-        _save_sentinel(self, d, *args, **kwargs)
-        if main: _write(d/'README.md', model_card(self))
-    if main:
-        _save_memory(self, d/_MEMORY) if memory else (d/_MEMORY).unlink(missing_ok=True)
-        heads = self.sentinel.memory if memory else None
-        (d/_HEADS).unlink(missing_ok=True) if heads is None else heads.save(d/_HEADS)
-    if push_to_hub and main: _upload(d, repo_id or d.name, kwargs.get('token'))
+    self._sync()                                          # gates that were changed while merged are refused
+    kwargs |= dict(zip(list(inspect.signature(PreTrainedModel.save_pretrained).parameters)[2:], args))
+    if kwargs.get('distributed_checkpoint'): return _write(self, d, memory, **kwargs)      # each process writes its part of the folder
+    if not kwargs.get('is_main_process', True):           # takes part in gathering, writes nothing
+        with tempfile.TemporaryDirectory() as nowhere: return _write(self, Path(nowhere), memory, **kwargs)
+    with staged(d, keep=_survives(d)) as folder: _write(self, folder, memory, **kwargs)
+    if push_to_hub: _upload(d, repo_id or d.absolute().name, kwargs.get('token'))
 
 # %% ../nbs/07a_saving.ipynb #c0034
 def _save_memory(m, path):
-    from safetensors.torch import save_file
     t, info = {}, {}
     for name, r in m.sentinel.stash.items():
         if not r.get('parts'): continue
@@ -226,10 +261,8 @@ def _save_memory(m, path):
         t |= {f'predictor/{i}/{k}': v for k, v in r.items()}
         info.setdefault('predictors', []).append([l, h])
     if not info: return path.unlink(missing_ok=True)
-    tmp = path.with_name(path.name + '.tmp')
     t = {k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}
-    save_file(t, tmp, metadata=dict(format='pt', sentinel_memory=str(FORMAT), info=json.dumps(info)))
-    os.replace(tmp, path)
+    write_tensors(path, t, sentinel_memory=str(FORMAT), info=json.dumps(info))
 
 # %% ../nbs/07a_saving.ipynb #c0035
 def _recall(m, path, hub):

@@ -17,7 +17,7 @@ from .heads import (AttnSite, UnsupportedArchitecture, base_model, core_linear, 
                                KV_COUNTS, unit_rows)
 from .plan import HeadPlan
 from .state import set_data, state_of, transaction, will_write
-from .gates import Sentinel, adapt, gate_values, is_merged, _attach, _detach, _need_adaptive
+from .gates import Sentinel, adapt, check_edit, gate_values, _attach, _detach, _need_adaptive
 
 # %% ../nbs/03_surgery.ipynb #c0011
 @patch(cls_method=True)
@@ -422,31 +422,14 @@ def _differ(m, origin, seen, layers):
     return {} if off <= (1e-3 if logits.dtype == torch.float32 else .1) else dict.fromkeys(layers, f"the model's logits are off by {off:.1e}")
 
 # %% ../nbs/03_surgery.ipynb #c0065
-def _ready(model, optimizer):
+def _ready(model, optimizer, edit='compact'):
     "Raise if heads can't be cut out of this model as it is; returns the model inside."
     m = _need_adaptive(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise RuntimeError('the model is wrapped by DistributedDataParallel; compact it before wrapping')
-    if is_merged(m): raise RuntimeError('the gates are merged into the weights; call unmerge_gates(model) first')
-    if m.sentinel.config.mode != 'static': raise RuntimeError(
-        f'gates of mode {m.sentinel.config.mode!r} are still being learned; harden_gates(model) first')
-    for s in m.sentinel.built:
-        if s is None: continue
-        for name in {*s.proj.values(), s.out_name}: _plain(s, name)
+    check_edit(model, edit)
     _states_can_be_cut(m, optimizer)
     return m
 
 # %% ../nbs/03_surgery.ipynb #c0066
-def _plain(s, name):
-    "Raise unless a projection holds float weights in memory, without an adapter around it."
-    mod = s.attn.get_submodule(name)
-    w, where = core_linear(mod).weight, f'layer {s.layer}: {name}'
-    if hasattr(mod, 'base_layer'): raise RuntimeError(f'{where} is wrapped by an adapter ({type(mod).__name__}); merge_and_unload() it first')
-    if not w.is_floating_point():
-        raise RuntimeError(f'{where}.weight is {w.dtype}; heads can be cut only out of float weights: load without quantization')
-    if w.is_meta and getattr(core_linear(mod), '_hf_hook', None) is not None:
-        raise RuntimeError(f'{where}.weight is offloaded; load the model into memory (without a device_map that offloads) first')
-
 def _states_can_be_cut(m, optimizer):
     "Optimiser states are scalars or have the parameter's shape; factored ones (Adafactor) can't be cut."
     mine = {id(p) for p in m.parameters()}
@@ -530,7 +513,7 @@ def expand(
     "Bring every removed head back, bit for bit, with a closed gate; the inverse of `compact`. What stayed is as it is now."
     m = base_model(model)
     if not m.sentinel.compact: raise RuntimeError('no head of this model was removed; compact(model) does that')
-    _ready(model, optimizer)
+    _ready(model, optimizer, 'expand')
     if not _complete(m.sentinel.stash): raise RuntimeError(
         "the removed heads weren't saved with this model, so they cannot be brought back; expand the model that was compacted")
     _apply(m, m.sentinel.plan.everything(), optimizer)
@@ -556,7 +539,7 @@ def reattach(
         if not (0 <= l < len(keep) and 0 <= h < keep.shape[1] and plan.exists[l, h]): raise IndexError(
             f'layer {l} head {h}: the original model has layers 0 to {len(keep)-1} with {plan.exists.sum(1).tolist()} heads')
         keep[l, h] = True
-    _ready(model, optimizer)
+    _ready(model, optimizer, 'reattach')
     if not blank and not _complete({n: r for n, r in m.sentinel.stash.items() if _layer_of(m, n) in {l for l, _ in heads}}): raise RuntimeError(
         "the removed heads weren't kept with this model; reattach(..., blank=True) brings them back as zeros")
     if bool((keep == plan.exists).all()): _apply(m, plan.everything(), optimizer)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from .io import read_state, staged, write_text
 from .heads import UNITS
 from .choose import lowest
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
@@ -24,8 +25,8 @@ from .surgery import HeadPlan, compact, head_slices, original_heads
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
-from .checkpoint import (INNER, MARKER, extend_scheduler, latest_checkpoint, load_optimizer_state, load_rng_state, read_state,
-                                    restore, seal, staged, sync_optimizer, unwrapped, write_run)
+from .checkpoint import (INNER, MARKER, extend_scheduler, latest_checkpoint, load_optimizer_state, load_rng_state,
+                                    restore, seal, sync_optimizer, unwrapped, write_run)
 
 # %% ../nbs/10_train.ipynb #c0006
 @dataclass
@@ -124,9 +125,7 @@ def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs
 def on_save(self:GateCallback, args, state, control, **kwargs):
     if not state.is_world_process_zero: return
     f = Path(args.output_dir)/f'checkpoint-{state.global_step}'/_RECORD
-    tmp = f.with_suffix('.tmp')
-    tmp.write_text(json.dumps(dict(steps=self.steps, gates=[g.tolist() for g in self.gates])))
-    os.replace(tmp, f)
+    write_text(f, json.dumps(dict(steps=self.steps, gates=[g.tolist() for g in self.gates])))
 
 # %% ../nbs/10_train.ipynb #c0017
 @patch
