@@ -166,6 +166,7 @@ def _check_folded(s, site):
         s.seen = s.gate._version
     _guard(s, site)
 
+# %% ../nbs/01_gates.ipynb #c0116
 def _guard(s, site):
     "Closed heads that are merged have zeros for columns; see to it that no training changes them."
     w = core_linear(site.out).weight
@@ -304,6 +305,7 @@ EDITS = dict(
     compact=_CUTS, expand=_CUTS, reattach=_CUTS, regrow=_CUTS, grow=_CUTS,
     checkpoint='merged', restore='merged', reshape=f'merged adapter {_WRITES}')
 
+# %% ../nbs/01_gates.ipynb #c0119
 def _state_merged(m): return is_adaptive(m) and is_merged(m) and 'the gates are merged into the weights; call unmerge_gates(model) first'
 
 def _state_learned(m):

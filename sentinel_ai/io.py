@@ -118,6 +118,7 @@ def settle(
     if path.exists(): shutil.rmtree(old, ignore_errors=True)
     else: os.rename(old, path)
 
+# %% ../nbs/00d_io.ipynb #c0038
 def _pour(path):
     "Bring the files that lie ready inside `path` to their places. Can be cut off and called again."
     ready = path/_READY
@@ -210,6 +211,7 @@ def staged(
         settle(path)
         yield from _stage(path, keep)
 
+# %% ../nbs/00d_io.ipynb #c0043
 def _stage(path, keep):
     fixed = _fixed(path)
     tmp = path/_NEW if fixed else _beside(path, 'tmp')

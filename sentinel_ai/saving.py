@@ -185,6 +185,7 @@ def _told_by(config):
         for k in ('architectures', 'dtype', 'torch_dtype', 'transformers_version', '_name_or_path'): part.pop(k, None)
     return d
 
+# %% ../nbs/07a_saving.ipynb #c0050
 def _survives(folder):
     "Which files of `folder` a save leaves: a function for `staged`."
     def keep(name, stage):
@@ -209,6 +210,7 @@ def _save_sentinel(m, d, **kwargs):
     cfg.architectures = ['SentinelForCausalLM']
     if kwargs.get('is_main_process', True): write_text(d/'config.json', cfg.to_json_string())
 
+# %% ../nbs/07a_saving.ipynb #c0051
 def _write(m, d, memory, **kwargs):
     "Write a model into a folder."
     plain, main = _plain(m), kwargs.get('is_main_process', True)
