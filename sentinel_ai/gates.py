@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from .heads import UNITS, AttnSite, HeadMap, base_model, core_linear, head_cost, head_map, in_dim
+from .heads import UNITS, AttnSite, HeadMap, base_model, check_weights, core_linear, head_cost, head_map, in_dim
 
 # %% ../nbs/01_gates.ipynb #c0008
 @dataclass
@@ -120,6 +120,8 @@ def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
 # %% ../nbs/01_gates.ipynb #c0023
 def _attach(sentinel, out):
     _detach(sentinel)
+    for k, hook in list(out._forward_pre_hooks.items()):       # one that came along when its projection was replaced (quantize_dynamic)
+        if getattr(hook, '__self__', None) is sentinel: del out._forward_pre_hooks[k]
     sentinel.tap = (out, out.register_forward_pre_hook(sentinel.apply_gates))
 
 def _detach(sentinel):
@@ -259,7 +261,7 @@ class AttnView:
         return self.module.sentinel.gate
     @gate.setter
     def gate(self, value):
-        with torch.no_grad(): self.gate.copy_(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
+        self.module.sentinel.put(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
     def __repr__(self): return f'{type(self.module).__name__}: {self.num_heads} heads of {self.head_dim}, gates {[round(g, 3) for g in self.gate.tolist()]}'
 
 # %% ../nbs/01_gates.ipynb #c0042
@@ -298,6 +300,27 @@ def gate_values(
         t[s.layer, :s.n_heads] = (g if a is None else g*a).float().cpu()
     return t
 
+# %% ../nbs/01_gates.ipynb #c0106
+def _store(sentinel):
+    "Where accelerate holds the gates of an offloaded layer: a dict and the key in it; None where they are in memory."
+    hook = getattr(sentinel, '_hf_hook', None)
+    for h in getattr(hook, 'hooks', [hook]) if sentinel.gate.is_meta else ():
+        weights = getattr(h, 'weights_map', None)
+        if weights is not None: return getattr(weights.dataset, 'state_dict', weights.dataset), f'{weights.prefix}gate', weights['gate']
+
+@patch
+@torch.no_grad()
+def put(self:Sentinel,
+    values:Float[Tensor, ' h'], # NaN leaves a gate as it is
+):
+    "Set the gates, also where accelerate has offloaded them."
+    if values.isnan().all(): return
+    found = _store(self)
+    old = self.gate if found is None else found[2]
+    new = torch.where(values.isnan().to(old.device), old, values.to(old))
+    if found is None: self.gate.copy_(new)
+    else: found[0][found[1]] = new
+
 # %% ../nbs/01_gates.ipynb #c0048
 @torch.no_grad()
 def set_gates(
@@ -318,8 +341,7 @@ def set_gates(
         _check_gates(t[~t.isnan()], 'gates')
         new = t.expand(hm.shape)
     for s in hm:
-        g, v = s.attn.sentinel.gate, new[s.layer, :s.n_heads]
-        g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
+        s.attn.sentinel.put(new[s.layer, :s.n_heads])
     return model
 
 # %% ../nbs/01_gates.ipynb #c0064
@@ -435,6 +457,7 @@ def _columns(lin, site):
 
 # %% ../nbs/01_gates.ipynb #c0088
 def _mergeable(site):
+    check_weights(site, 'merge_gates')
     s, lin = site.attn.sentinel, core_linear(site.out)
     where = f'layer {site.layer}: '
     if s.factor is not None: raise RuntimeError(f'{where}factors of an Agency are at work; agency.bake() writes them into the gates first')

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim, in_features, out_features, _stacks
+from .heads import AttnSite, UnsupportedArchitecture, base_model, check_weights, core_linear, head_map, in_dim, in_features, out_features, _stacks
 from .gates import adapt, gate_values, is_adaptive, _base_class
 from .surgery import (full_param, head_slices, replay, _apply, _differ, _first_look, _forget, _grown, _heads_of,
                                  _origin, _param, _places, _plan_of, _ready, _shape_layer, _size, _unwire, _watch, _widen, _wire)
@@ -424,6 +424,7 @@ def grow(
     taken = [a for a in ('sentinel_agency', *(('sentinel_skips', 'sentinel_memory') if layers is not None else ())) if getattr(m, a, None) is not None]
     if taken: raise RuntimeError(f'{", ".join(taken)} of this model speaks of its present {"heads" if layers is None else "layers"}; '
                                  'detach it, grow the model, and attach a new one')
+    check_weights(m, 'grow', 'qkvo')
     if layers is not None: _grow_layers(m, layers, optimizer)
     else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
     return model

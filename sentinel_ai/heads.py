@@ -428,12 +428,12 @@ def head_cost(
 ) -> tuple: # Cost of a query head, cost of a key/value head
     "What leaves with one query head, and what leaves besides with the last query head of a group."
     if unit not in UNITS: raise ValueError(f'unit {unit!r} is not one of {UNITS}')
+    if unit == 'heads': return 1., 0.
     lin = {p: core_linear(site.attn.get_submodule(n)) for p, n in site.proj.items()}
     out = core_linear(site.out)
     size = lambda m: m.weight.numel() + (m.bias.numel() if getattr(m, 'bias', None) is not None else 0)
     only_out = 'v' in site.stay or site.layout == 'other'
     share = lambda p, n: size(lin[p])/n if p in lin and p not in site.stay else 0
-    if unit == 'heads': return 1., 0.
     if unit == 'kv_bytes':
         if site.layout == 'mla' or only_out or 'v' not in site.proj: return 0., 0.
         d = site.head_dim if site.layout != 'separate' or 'k' not in lin else out_features(lin['k'])//site.n_kv_heads
@@ -520,6 +520,7 @@ def check_weights(
     where:AttnSite|nn.Module, # A layer, or a model: all its layers
     what:str, # What reads or writes the weights, for the message
     parts:str='o', # Which projections, of 'qkvo'
+    empty:bool=False, # May they be without data (on `meta`, not offloaded)? Shapes can be changed all the same
 ):
     "Raise `RuntimeError`, naming the parameter, its type and the way out, unless these projections hold floats in memory."
     if isinstance(where, AttnSite): sites = [where]
@@ -530,7 +531,7 @@ def check_weights(
         names = [s.out_name] if 'o' in parts else []
         for name in dict.fromkeys(names + [n for p, n in s.proj.items() if p in parts]):
             state = _state_of(s.attn.get_submodule(name))
-            if state is not None: raise RuntimeError(
+            if state is not None and not (empty and state[1] == 'without data (meta)'): raise RuntimeError(
                 f'layer {s.layer}: {s.path}.{name}.weight is {state[0]}, {state[1]}; {what} needs float weights in memory: {_ELSEWHERE[state[1]]}')
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .heads import AttnSite, HeadMap, UnsupportedArchitecture, base_model, core_linear, in_dim, _HEADS, _KV, _per
+from .heads import AttnSite, HeadMap, UnsupportedArchitecture, base_model, check_weights, core_linear, in_dim, _HEADS, _KV, _per
 from .gates import Sentinel, adapt, gate_values, is_merged, _attach, _detach, _need_adaptive
 
 # %% ../nbs/03_surgery.ipynb #c0010
@@ -583,19 +583,16 @@ def _ready(model, optimizer):
     for s in getattr(m, 'sentinel_origin', None) or m.sentinel_map:
         if s is None: continue
         for name in {*s.proj.values(), s.out_name}: _plain(s, name)
+        check_weights(s, 'surgery', 'qkvo', empty=True)
     _states_can_be_cut(m, optimizer)
     return m
 
 # %% ../nbs/03_surgery.ipynb #c0066
 def _plain(s, name):
-    "Raise unless a projection holds float weights in memory, without an adapter around it."
+    "Raise if an adapter is around a projection."
     mod = s.attn.get_submodule(name)
-    w, where = core_linear(mod).weight, f'layer {s.layer}: {name}'
-    if hasattr(mod, 'base_layer'): raise RuntimeError(f'{where} is wrapped by an adapter ({type(mod).__name__}); merge_and_unload() it first')
-    if not w.is_floating_point():
-        raise RuntimeError(f'{where}.weight is {w.dtype}; heads can be cut only out of float weights: load without quantization')
-    if w.is_meta and getattr(core_linear(mod), '_hf_hook', None) is not None:
-        raise RuntimeError(f'{where}.weight is offloaded; load the model into memory (without a device_map that offloads) first')
+    if hasattr(mod, 'base_layer'): raise RuntimeError(
+        f'layer {s.layer}: {name} is wrapped by an adapter ({type(mod).__name__}); merge_and_unload() it first')
 
 def _states_can_be_cut(m, optimizer):
     "Optimiser states are scalars or have the parameter's shape; factored ones (Adafactor) can't be cut."
