@@ -25,7 +25,7 @@ from .heads import core_linear, head_map, in_dim, random_model
 from .gates import adapt, gate_values, set_gates, unadapt
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
 from .data import TEXTS, lm_dataset, load_text
-from .train import GateRun, TrainResult, n_steps, train_gates
+from .train import GateRun, TrainResult, check_one_process, n_steps, train_gates
 from .viz import plot_gates, plot_gates_over_time, plot_loss
 from .report import report as html_report
 
@@ -580,6 +580,8 @@ def train_cli(
     prog, start = 'sentinel-train', time.perf_counter()
     parser = Parser([RunOptions, _Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
                     description='Learn which heads a text needs, close the others, fine-tune, and report.')
+    try: check_one_process()
+    except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
     o, run, args = parser.parse(argv)
     _quiet()
     if o.text == 'python_docs': datasets.disable_progress_bars()

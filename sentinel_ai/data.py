@@ -137,11 +137,17 @@ def _paragraphs(text, least=40):
         yield p, k if len(k) >= least else ''
 
 # %% ../nbs/08_data.ipynb #c0053
+def _start_of(tok):
+    "The tokens that a tokenizer puts before every text (BOS), which a model has seen at the start of each document"
+    whole, bare = (list(tok('a', add_special_tokens=x)['input_ids']) for x in (True, False))
+    at = next((i for i in range(len(whole)) if whole[i:i+len(bare)] == bare), 0)
+    return whole[:at]
+
 class _Tokens:
     "Documents to token ids: the training or the validation side of the borders"
     def __init__(self, tok, borders, docs, train, dedup, piece=1_000_000):
         self.tok, self.borders, self.docs, self.train, self.dedup, self.piece = tok, borders, docs, train, dedup, piece
-        self.seen = cache(self._seen)
+        self.seen, self.start = cache(self._seen), cache(lambda: _start_of(tok))
 
     def _seen(self):
         "The paragraphs of the validation side"
@@ -174,7 +180,7 @@ class _Tokens:
         flat = [p for ps in pieces for p in ps]
         ids = iter(self.tok(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
                    if flat else [])
-        return dict(input_ids=[[t for _ in ps for t in next(ids)] + [self.tok.eos_token_id] for ps in pieces])
+        return dict(input_ids=[self.start() + [t for _ in ps for t in next(ids)] + [self.tok.eos_token_id] for ps in pieces])
 
 # %% ../nbs/08_data.ipynb #c0055
 class _Packer:
@@ -187,7 +193,7 @@ class _Packer:
         return dict(input_ids=rows, labels=rows.copy())
 
 # %% ../nbs/08_data.ipynb #c0058
-_LAYOUT = 1  # raise it when what a cached file holds changes
+_LAYOUT = 2  # raise it when what a cached file holds changes
 
 def _cached(ds, f, key, desc, **kw):
     "`ds.map(f)` in batches, kept in the cache of `datasets` under `key`"
@@ -200,7 +206,7 @@ def _cached(ds, f, key, desc, **kw):
 # %% ../nbs/08_data.ipynb #c0059
 def _tok_key(tok):
     "What defines a tokenizer: not what was last asked of it (its truncation and padding)"
-    if not getattr(tok, 'is_fast', False): return [type(tok).__name__, sorted(tok.get_vocab().items()), tok.eos_token]
+    if not getattr(tok, 'is_fast', False): return [type(tok).__name__, sorted(tok.get_vocab().items()), tok.eos_token, getattr(tok, 'add_bos_token', None)]
     import json
     d = json.loads(tok.backend_tokenizer.to_str())
     return [tok.eos_token, json.dumps(d | dict(truncation=None, padding=None), sort_keys=True)]
@@ -241,30 +247,31 @@ def _take(stream, tok, max_docs, max_tokens):
     if max_docs is not None: stream = stream.take(max_docs)
     if max_tokens is None: return _docs([r['text'] for r in stream])
     def count(b): return dict(text=b['text'], n=list(map(len, tok(b['text'], add_special_tokens=False, verbose=False)['input_ids'])))
-    docs, n = [], 0
+    docs, n, extra = [], 0, len(_start_of(tok)) + 1
     for r in stream.map(count, batched=True, batch_size=64):
-        docs.append(r['text']); n += r['n'] + 1
+        docs.append(r['text']); n += r['n'] + extra
         if n >= max_tokens: break
     return _docs(docs)
 
 # %% ../nbs/08_data.ipynb #c0069
 def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
     "`texts`, whatever it is, as a data set of documents, or as a `DatasetDict` if it brings its own validation split"
+    column = kwargs.get('column')
     if isinstance(texts, (str, Path)):
         s = str(texts)
         named = s in TEXTS or '\n' not in s and len(s) < 1000 and (' ' not in s or Path(s).exists())
         if s == 'wikitext-2' and 'split' not in kwargs:
             return DatasetDict({k: load_text(s, k, **kwargs) for k in ('train', 'validation')})
-        texts = load_text(s, **kwargs) if s and named else [s]
+        texts, column = load_text(s, **kwargs) if s and named else [s], None     # `load_text` has renamed it
     if isinstance(texts, (list, tuple)): texts = _docs(list(texts))
     if isinstance(texts, dict):
         if not {'train', 'validation'} <= set(texts): raise ValueError(
             f"expected the splits 'train' and 'validation', got {sorted(texts)}; pass one of them to have it divided")
-        return DatasetDict({k: _text_column(texts[k], None, k) for k in ('train', 'validation')})
+        return DatasetDict({k: _text_column(texts[k], column, k) for k in ('train', 'validation')})
     if not isinstance(texts, (Dataset, IterableDataset)): raise TypeError(
         f"texts: expected a name, a string, a list of strings or a Dataset, got {type(texts).__name__}")
     if isinstance(texts, IterableDataset) and max_docs is None and max_tokens is None: max_tokens = 10_000_000
-    if 'id' not in (texts.column_names or []): texts = _text_column(texts, kwargs.get('column'), 'texts')
+    if 'id' not in (texts.column_names or []): texts = _text_column(texts, column, 'texts')
     if max_docs is None and max_tokens is None: return texts
     return _take(texts if isinstance(texts, IterableDataset) else texts.to_iterable_dataset(), tok, max_docs, max_tokens)
 

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .choose import lowest
-from .heads import UNITS, AttnSite, base_model, core_linear, head_cost, head_map, in_dim
-from .state import built_heads, is_compact, start_state, state_of, transaction, will_write
+from .heads import UNITS, AttnSite, base_model, check_weights, core_linear, head_cost, head_map, in_dim
+from .state import built_heads, start_state, state_of, transaction, will_write
 
 # %% ../nbs/01_gates.ipynb #c0008
 @dataclass
@@ -126,6 +126,8 @@ def apply_gates(self:Sentinel, module:nn.Module, args:tuple):
 # %% ../nbs/01_gates.ipynb #c0023
 def _attach(sentinel, out):
     _detach(sentinel)
+    for k, hook in list(out._forward_pre_hooks.items()):       # one that came along when its projection was replaced (quantize_dynamic)
+        if getattr(hook, '__self__', None) is sentinel: del out._forward_pre_hooks[k]
     sentinel.tap = (out, out.register_forward_pre_hook(sentinel.apply_gates))
 
 def _detach(sentinel):
@@ -297,7 +299,7 @@ def _need_adaptive(model):
     return base_model(model)
 
 # %% ../nbs/01_gates.ipynb #c0109
-_WRITES = 'quantised offloaded'                         # nothing can be written into such weights
+_WRITES = 'weights'                                     # quantised, offloaded or sharded ones: nothing can be written into them
 _CUTS = f'parallel merged learned adapter {_WRITES}'    # nor heads cut out of them
 EDITS = dict(
     adapt='merged', set='merged', harden='merged', close='merged', prune='merged learned', factors='merged',
@@ -306,30 +308,15 @@ EDITS = dict(
     checkpoint='merged', restore='merged', reshape=f'merged adapter {_WRITES}')
 
 # %% ../nbs/01_gates.ipynb #c0119
-def _state_merged(m): return is_adaptive(m) and is_merged(m) and 'the gates are merged into the weights; call unmerge_gates(model) first'
-
-def _state_learned(m):
-    mode = m.sentinel.config.mode if is_adaptive(m) else 'static'
-    return mode != 'static' and f'gates of mode {mode!r} are still being learned; harden_gates(model) first'
-
-def _state_compact(m):
-    return is_compact(m) and not state_of(m).plan.whole and 'this model is compact; expand(model) first'
-
-def _state_adapter(where, module, lin):
-    if module is not lin and hasattr(module, 'base_layer'):
-        return f'{where} is wrapped by an adapter ({type(module).__name__}); merge_and_unload() it first'
-
-def _state_quantised(where, module, lin):
-    if not lin.weight.is_floating_point():
-        return f'{where}.weight is {lin.weight.dtype}; only float weights can be changed: load without quantization'
-
-def _state_offloaded(where, module, lin):
-    if lin.weight.is_meta and getattr(lin, '_hf_hook', None) is not None:
-        return f'{where}.weight is offloaded; load the model into memory (without a device_map that offloads) first'
+def _check_adapter(site, names):
+    "Raise if an adapter is around one of these projections."
+    for name in names:
+        module = site.attn.get_submodule(name)
+        if hasattr(module, 'base_layer'): raise RuntimeError(
+            f'layer {site.layer}: {name} is wrapped by an adapter ({type(module).__name__}); merge_and_unload() it first')
 
 # %% ../nbs/01_gates.ipynb #c0110
 _OF_MODEL = dict(merged=_state_merged, learned=_state_learned, compact=_state_compact)
-_OF_WEIGHTS = dict(adapter=_state_adapter, quantised=_state_quantised, offloaded=_state_offloaded)
 
 def check_edit(
     model:nn.Module, # Any decoder, adapted or not
@@ -341,16 +328,10 @@ def check_edit(
         raise RuntimeError(f'the model is wrapped by DistributedDataParallel; {edit} it before wrapping')
     for state in states:
         if state in _OF_MODEL and (why := _OF_MODEL[state](m)): raise RuntimeError(why)
-    checks = [_OF_WEIGHTS[state] for state in states if state in _OF_WEIGHTS]
-    if checks: _check_weights(m, checks, edit in ('compact', 'expand', 'reattach', 'regrow', 'grow', 'reshape'))
-
-def _check_weights(m, checks, every):
-    "Raise if an output projection (or `every` projection) is in one of these states."
-    for s in built_heads(m):
-        for name in {*s.proj.values(), s.out_name} if every else [s.out_name]:
-            module, where = s.attn.get_submodule(name), f'layer {s.layer}: {name}'
-            for check in checks:
-                if why := check(where, module, core_linear(module)): raise RuntimeError(why)
+    cuts = edit in ('compact', 'expand', 'reattach', 'regrow', 'grow', 'reshape')
+    for site in built_heads(m):
+        if 'adapter' in states: _check_adapter(site, {*site.proj.values(), site.out_name} if cuts else [site.out_name])
+        if 'weights' in states: check_weights(site, edit, 'qkvo' if cuts else 'o', empty=cuts)
 
 # %% ../nbs/01_gates.ipynb #c0039
 class Budget(nn.Module):
@@ -370,7 +351,7 @@ class AttnView:
         return self.module.sentinel.gate
     @gate.setter
     def gate(self, value):
-        with torch.no_grad(): self.gate.copy_(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
+        self.module.sentinel.put(_check_gates(value, f'gate of {self.num_heads} heads').expand(self.num_heads))
     def __repr__(self): return f'{type(self.module).__name__}: {self.num_heads} heads of {self.head_dim}, gates {[round(g, 3) for g in self.gate.tolist()]}'
 
 # %% ../nbs/01_gates.ipynb #c0042
@@ -409,6 +390,29 @@ def gate_values(
         t[s.layer, :s.n_heads] = (g if a is None else g*a).float().cpu()
     return t
 
+# %% ../nbs/01_gates.ipynb #c0121
+def _store(sentinel):
+    "Where accelerate holds the gates of an offloaded layer: a dict and the key in it; None where they are in memory."
+    hook = getattr(sentinel, '_hf_hook', None)
+    for h in getattr(hook, 'hooks', [hook]) if sentinel.gate.is_meta else ():
+        weights = getattr(h, 'weights_map', None)
+        if weights is not None: return getattr(weights.dataset, 'state_dict', weights.dataset), f'{weights.prefix}gate', weights['gate']
+
+@patch
+@torch.no_grad()
+def put(self:Sentinel,
+    values:Float[Tensor, ' h'], # NaN leaves a gate as it is
+):
+    "Set the gates, also where accelerate has offloaded them."
+    if values.isnan().all(): return
+    found = _store(self)
+    old = self.gate if found is None else found[2]
+    new = torch.where(values.isnan().to(old.device), old, values.to(old))
+    if found is None:
+        will_write(self.gate)
+        self.gate.copy_(new)
+    else: found[0][found[1]] = new
+
 # %% ../nbs/01_gates.ipynb #c0048
 @torch.no_grad()
 def set_gates(
@@ -430,10 +434,7 @@ def set_gates(
         new = t.expand(hm.shape)
     if is_merged(model) and bool(((new != gate_values(model)) & ~new.isnan()).any()): check_edit(model, 'set')
     with transaction(model):
-        for s in hm:
-            g, v = s.attn.sentinel.gate, new[s.layer, :s.n_heads]
-            will_write(g)
-            g.copy_(torch.where(v.isnan().to(g.device), g, v.to(g)))
+        for s in hm: s.attn.sentinel.put(new[s.layer, :s.n_heads])
     return model
 
 # %% ../nbs/01_gates.ipynb #c0064
@@ -517,6 +518,7 @@ def _columns(w, site):
 
 # %% ../nbs/01_gates.ipynb #c0088
 def _mergeable(site):
+    check_weights(site, 'merge_gates')
     s, lin = site.attn.sentinel, core_linear(site.out)
     where = f'layer {site.layer}: '
     if s.factor is not None: raise RuntimeError(f'{where}factors of an Agency are at work; agency.bake() writes them into the gates first')

@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from .heads import AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim, in_features, out_features, layer_stacks
+from .heads import (AttnSite, UnsupportedArchitecture, base_model, check_weights, core_linear, head_map, in_dim,
+                               in_features, out_features, layer_stacks)
 from .plan import HeadPlan, grown_heads
 from .state import built_heads, is_compact, state_of, transaction, will_write
 from .gates import adapt, gate_values, is_adaptive, _base_class
@@ -424,6 +425,7 @@ def grow(
     taken = [name for name, x in watching.items() if x is not None]
     if taken: raise RuntimeError(f'{", ".join(taken)} of this model speaks of its present {"heads" if layers is None else "layers"}; '
                                  'detach it, grow the model, and attach a new one')
+    check_weights(m, 'grow', 'qkvo')
     if layers is not None: _grow_layers(m, layers, optimizer)
     else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
     return model

@@ -6,7 +6,7 @@
 __all__ = ['HEAD_COUNTS', 'KV_COUNTS', 'OTHER_INPUT', 'ARCHS', 'UNITS', 'random_config', 'random_model',
            'UnsupportedArchitecture', 'AttnSite', 'has_module', 'unit_rows', 'core_linear', 'in_dim', 'in_features',
            'out_features', 'core_name', 'register_arch', 'first_attr', 'HeadMap', 'layer_stacks', 'base_model',
-           'check_decoder', 'head_map', 'head_cost', 'probe']
+           'check_decoder', 'head_map', 'head_cost', 'check_weights', 'probe']
 
 # %% ../nbs/00_heads.ipynb #c0002
 import difflib, inspect, math, re, torch
@@ -290,10 +290,13 @@ def _n_kv(inner, attn, facts, proj, layout, n, cfg):
     return kv or n
 
 # %% ../nbs/00_heads.ipynb #c0045
-def _stay(attn, sizes, proj):
+def _stay(attn, sizes, proj, head_dim):
     "'qk' if a norm runs over the full width of queries or keys (OLMo 2), else ''."
-    w = {p: getattr(getattr(attn, f'{p}_norm', None), 'weight', None) for p in 'qk'}
-    return 'qk' if any(w[p] is not None and w[p].ndim == 1 and w[p].numel() == sizes.get(proj.get(p)) for p in 'qk') else ''
+    norms = {p: getattr(getattr(attn, f'{p}_norm', None), 'weight', None) for p in 'qk'}
+    size = {p: w.numel() for p, w in norms.items() if w is not None and w.ndim == 1}
+    full = {p for p, n in size.items() if n == sizes.get(proj.get(p))}
+    one_kv_head = full == {'k'} and size['k'] == size.get('q', head_dim)   # a head is all there is of k: q's norm tells
+    return 'qk' if full and not one_kv_head else ''
 
 def _extras(attn, n, kv):
     "Parameters of the attention module with a share for each head: sinks, output gates, norms with a weight for each head."
@@ -325,8 +328,9 @@ def _read_site(model, path, attn, layer):
     kv, sizes = _n_kv(inner, attn, facts, proj, layout, n, cfg), {m: out_features(attn.get_submodule(m)) for m in proj.values()}
     extras, returns = facts.get('extras', _extras(attn, n, kv)), 'list' if model.config.model_type == 'openai-gpt' else 'pair'
     sizes |= {f: attn.get_parameter(f).shape[d] for f, d, _ in extras}
-    return AttnSite(layer, path, attn, out_name, proj, layout, n, kv, width//n, sizes=sizes, stay=facts.get('stay', _stay(attn, sizes, proj)),
-                    extras=extras, returns=facts.get('returns', returns))
+    stay = facts.get('stay', _stay(attn, sizes, proj, width//n))
+    return AttnSite(layer, path, attn, out_name, proj, layout, n, kv, width//n, sizes=sizes, stay=stay, extras=extras,
+                    returns=facts.get('returns', returns))
 
 # %% ../nbs/00_heads.ipynb #c0051
 @dataclass
@@ -471,12 +475,12 @@ def head_cost(
 ) -> tuple: # Cost of a query head, cost of a key/value head
     "What leaves with one query head, and what leaves besides with the last query head of a group."
     if unit not in UNITS: raise ValueError(f'unit {unit!r} is not one of {UNITS}')
+    if unit == 'heads': return 1., 0.
     lin = {p: core_linear(site.attn.get_submodule(n)) for p, n in site.proj.items()}
     out = core_linear(site.out)
     size = lambda m: m.weight.numel() + (m.bias.numel() if getattr(m, 'bias', None) is not None else 0)
     only_out = 'v' in site.stay or site.layout == 'other'
     share = lambda p, n: size(lin[p])/n if p in lin and p not in site.stay else 0
-    if unit == 'heads': return 1., 0.
     if unit == 'kv_bytes':
         if site.layout == 'mla' or only_out or 'v' not in site.proj: return 0., 0.
         d = site.head_dim if site.layout != 'separate' or 'k' not in lin else out_features(lin['k'])//site.n_kv_heads
@@ -537,6 +541,46 @@ def __repr__(self:HeadMap):
     rows = [('layers', 'module', 'heads', 'KV', 'size', 'layout', 'params'), *[tuple(map(str, r)) for r in self.coverage()]]
     w = [max(len(r[i]) for r in rows) for i in range(7)]
     return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows) + self._repr_markdown_().rpartition(' |')[2].replace('\n\n', '\n')
+
+# %% ../nbs/00_heads.ipynb #c0116
+_ELSEWHERE = {
+    'quantized': 'load the model without quantization, do it there, and quantize the result',
+    'offloaded': 'load the whole model into memory (without a device_map that offloads)',
+    'without data (meta)': 'load the weights first',
+    'sharded': 'do it in one process, before the model is sharded'}
+
+def _state_of(module):
+    "What a projection's weight is, and which key of `_ELSEWHERE` fits; None for a float matrix in memory."
+    try: lin = core_linear(module)
+    except UnsupportedArchitecture: return f'a {type(module).__name__} without a weight of floats', 'quantized'
+    w = lin.weight
+    kind = type(w).__name__ if type(w) not in (nn.Parameter, Tensor) else str(w.dtype)
+    what = f'{kind} of shape {tuple(w.shape)} on {w.device}'
+    if kind in ('DTensor', 'FlatParameter', 'ShardedTensor'): return what, 'sharded'
+    if not w.is_floating_point() or w.element_size() < 2 or kind != str(w.dtype): return what, 'quantized'
+    if w.ndim != 2: return what, 'sharded'
+    if w.is_meta: return what, 'offloaded' if hasattr(lin, '_hf_hook') else 'without data (meta)'
+
+
+# %% ../nbs/00_heads.ipynb #c0118
+def check_weights(
+    where:AttnSite|nn.Module, # A layer, or a model: all its layers
+    what:str, # What reads or writes the weights, for the message
+    parts:str='o', # Which projections, of 'qkvo'
+    empty:bool=False, # May they be without data (on `meta`, not offloaded)? Shapes can be changed all the same
+):
+    "Raise `RuntimeError`, naming the parameter, its type and the way out, unless these projections hold floats in memory."
+    if isinstance(where, AttnSite): sites = [where]
+    else:
+        m = base_model(where)
+        sites = head_map(m)
+    for s in sites:
+        names = [s.out_name] if 'o' in parts else []
+        for name in dict.fromkeys(names + [n for p, n in s.proj.items() if p in parts]):
+            state = _state_of(s.attn.get_submodule(name))
+            if state is not None and not (empty and state[1] == 'without data (meta)'): raise RuntimeError(
+                f'layer {s.layer}: {s.path}.{name}.weight is {state[0]}, {state[1]}; {what} needs float weights in memory: {_ELSEWHERE[state[1]]}')
+
 
 # %% ../nbs/00_heads.ipynb #c0093
 @torch.no_grad()

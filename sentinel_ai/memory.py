@@ -284,12 +284,18 @@ def save(self:HeadMemory,
         meta['heads'].append([list(key), rec.meta])
     _write(Path(path), t or {'none': torch.zeros(1)}, meta)
 
+def _check_key(path, i, key, parts):
+    "Records are named after their keys, so a key is two numbers and nothing that leads to another folder."
+    if not (isinstance(key, list) and len(key) == 2 and all(type(x) is int and x >= 0 for x in key)): raise ValueError(
+        f'{path}: record {i} is of the head {key!r}; a head is two whole numbers, [layer, head]. The file is damaged or was tampered with')
+    if i not in parts: raise ValueError(f'{path}: the tensors of layer {key[0]} head {key[1]} are missing; the file is damaged')
+
 @patch(cls_method=True)
 def load(cls:HeadMemory,
     path:str|os.PathLike, # What `save` wrote
     folder=None, # Keep the records there
 ) -> HeadMemory:
-    "Read what `save` wrote. Raises `ValueError` for another file or a newer format."
+    "Read what `save` wrote. Raises `ValueError` for another file, a newer format or a damaged one, before anything is written."
     from safetensors import safe_open
     with safe_open(path, 'pt') as f:
         if (v := (f.metadata() or {}).get('head_memory')) != '1': raise ValueError(f'{path}: format {v!r} of head_memory; this version reads 1')
@@ -297,6 +303,7 @@ def load(cls:HeadMemory,
         for k in f.keys():
             i, _, rest = k.partition('|')
             if rest: parts.setdefault(int(i), {})[rest] = f.get_tensor(k)
+    for i, (key, _) in enumerate(meta['heads']): _check_key(path, i, key, parts)
     res = cls(folder, meta['dtype'], meta['limit'], meta['moments'])
     for i, (key, m) in enumerate(meta['heads']):
         rec = _unflat(parts[i], m)

@@ -12,15 +12,21 @@ from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
-from .heads import AttnSite, base_model, core_linear, head_map, in_dim, out_features
+from .heads import AttnSite, base_model, check_weights, core_linear, head_map, in_dim, out_features
 from .choose import choose, choose_evenly, head_items, saved_cost, total_cost
 from .gates import adapt, check_edit, gate_values, is_adaptive, is_merged, set_gates, _base_class
-from .measure import CRITERIA, NEEDS, measure, measuring, out_columns, ridge, score, _batches, _loss
+from .measure import (CRITERIA, NEEDS, check_loss, enough_ridge, forward_args, measure, measuring, out_columns,
+                                 score, _batches, _loss)
 from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full
 from .state import RepairLog, transaction, will_write
 
 # %% ../nbs/03b_pruning.ipynb #c0008
 REPAIRS = ('none', 'bias', 'linear', 'affine')
+
+def _moments(mean, cov, kind):
+    "Second moments about the mean, or about zero for a repair without a bias."
+    mean, cov = mean.double(), cov.double()
+    return cov + torch.outer(mean, mean) if kind == 'linear' else cov
 
 @torch.no_grad()
 def predict(
@@ -29,14 +35,14 @@ def predict(
     drop:Bool[Tensor, ' k'], # Inputs that leave
     keep:Bool[Tensor, ' k'], # Inputs that stay
     kind:str='affine', # One of `REPAIRS`
-    lam:float=1e-2, # Ridge relative to the mean of the diagonal
+    lam:float=1e-2, # Ridge relative to the mean of the diagonal; more where that leaves the moments singular
 ) -> tuple: # `T` `[s, d]`, `t0` `[d]`: the inputs that leave are predicted as `x[keep] @ T + t0`
     "The ridge prediction of the inputs that leave from those that stay. Everything in float64."
-    mean, C = mean.double(), cov.double()
+    mean, C = mean.double(), _moments(mean, cov, kind)
     T = C.new_zeros(int(keep.sum()), int(drop.sum()))
-    if kind == 'linear': C = C + torch.outer(mean, mean)
     if kind in ('linear', 'affine') and keep.any() and drop.any():
-        T = torch.cholesky_solve(C[keep][:, drop], torch.linalg.cholesky(ridge(C[keep][:, keep], lam)))
+        _, L = enough_ridge(C[keep][:, keep], lam, mean[keep])
+        T = torch.cholesky_solve(C[keep][:, drop], L)
     t0 = mean[drop] - mean[keep] @ T if kind in ('bias', 'affine') else C.new_zeros(T.shape[1])
     return T, t0
 
@@ -86,15 +92,18 @@ def repair_layer(
     gram:dict, # `mean` and `cov` of the projection's input, as it is before they leave
     kind:str='affine', # One of `REPAIRS`
     lam:float=1e-2, # Ridge
-):
+) -> float: # The ridge that was used: more than `lam` where that was too little
     "Change a layer's output projection so that its open heads make up for those in `close`."
-    if kind == 'none' or not close.any(): return
+    if kind == 'none' or not close.any(): return lam
+    check_weights(site, 'repair')
     lin, g = core_linear(site.out), site.attn.sentinel(sample=False).detach().cpu()
     name = next(n for n, p in m.named_parameters() if p is lin.weight).rpartition('.')[0]
     rep = lambda h: h.repeat_interleave(site.head_dim)
     dev = 'cpu' if lin.weight.device.type == 'mps' else lin.weight.device
     W, drop, keep = out_columns(site).to(dev).flatten(0, 1), rep(close).to(dev), rep(~close & (g != 0)).to(dev)
-    T, t0 = (x.to(dev) for x in predict(gram['mean'].to(dev), gram['cov'].to(dev), drop, keep, kind, lam))
+    mean, cov = gram['mean'].to(dev), gram['cov'].to(dev)
+    if kind != 'bias' and keep.any(): lam, _ = enough_ridge(_moments(mean, cov, kind)[keep][:, keep], lam, mean[keep].double())
+    T, t0 = predict(mean, cov, drop, keep, kind, lam)
     _remember_heads(m, site, drop, keep, T, t0, W)
     db = t0 @ W[drop]
     W[keep] += T @ W[drop]
@@ -109,6 +118,7 @@ def repair_layer(
         will_write(lin.bias)
         lin.bias.add_(db.to(lin.bias))
         _remember(m, f'{name}.bias', lin.bias, old)
+    return lam
 
 # %% ../nbs/03b_pruning.ipynb #c0018
 @torch.no_grad()
@@ -142,6 +152,7 @@ def unprune(
     "The inverse of `prune` and `compact`: all heads back, repair taken off, gates at 1."
     m = base_model(model)
     check_edit(model, 'unprune')
+    if m.sentinel.repairs: check_weights(m, 'unprune')
     with transaction(m, optimizer):
         if m.sentinel.plan.removed: expand(m, optimizer)
         undo_repair(m)
@@ -297,6 +308,7 @@ def check(self:_Job, m):
     "Raise before anything is changed."
     hm = head_map(m)
     self.check_values(hm)
+    self.check_touched(m)
     if is_adaptive(m):
         _need(not is_merged(m), 'the gates are merged', 'unmerged gates: unmerge_gates(model) first')
         _need(m.sentinel.config.mode == 'static', f'gates of mode {m.sentinel.config.mode!r}', 'static gates: harden_gates(model) first')
@@ -310,6 +322,13 @@ def check(self:_Job, m):
     self.reachable(hm)
     self.batches = list(_batches(self.batches, self.batch_size, 'cpu'))
     _need(self.batches, 'batches without a block', 'at least one block of token ids')
+
+@patch
+def check_touched(self:_Job, m):
+    "Raise if weights are to be read or written that aren't floats in memory."
+    memory = m.sentinel.memory is not None
+    reads = self.needs() & {'use', 'gram', 'joint'}
+    if self.repair != 'none' or reads or memory or m.device.type == 'meta': check_weights(m, 'prune', 'qkvo' if memory else 'o')
 
 def _check_free(hm):
     seen = {}
@@ -363,9 +382,20 @@ def _shut(m): return gate_values(m, effective=True) == 0
 
 # %% ../nbs/03b_pruning.ipynb #c0041
 @patch
+@torch.no_grad()
+def check_losses(self:_Job, m):
+    "Raise for a batch without a finite loss, where measuring takes none: a model that computes NaN has no heads to choose from."
+    if self.needs() & {'gradient', 'attribution', 'joint'}: return
+    with measuring(m):
+        for i, batch in enumerate(self.batches):
+            ids, mask, labels = (x if x is None else x.to(m.device) for x in batch)
+            check_loss(_loss(m(ids, **forward_args(m, mask)).logits, labels)/len(ids), labels, i)
+
+@patch
 def run(self:_Job, m):
     "All rounds."
     hm, start = m.sentinel.now, _shut(m)
+    self.check_losses(m)
     if self.unit == 'ms':
         rank = torch.rand(hm.shape, generator=torch.Generator().manual_seed(self.seed))
         shape = lambda n: choose(hm, start, n, rank, None, 'heads', self.min_heads, self.protect, self.whole)
@@ -404,6 +434,9 @@ def needs(self:_Job):
 def choice(self:_Job, hm, stats, closed, goal, total, criterion):
     pairs = stats.pairs if criterion == 'joint' else None
     table = score(stats, 'repaired' if criterion == 'joint' else criterion, self.seed)
+    bad = (~table.isfinite() & ~hm.table().isnan()).nonzero().tolist()
+    if bad: raise ValueError(f'the scores of {criterion!r} are NaN or infinite for {len(bad)} heads, the first is layer {bad[0][0]} head {bad[0][1]}; '
+                             'use another criterion, or more text')
     if self.scope == 'layer': return choose_evenly(hm, closed, goal/total, table, pairs, self.min_heads, self.protect, self.whole)
     return choose(hm, closed, goal, table, pairs, self.unit, self.min_heads, self.protect, self.whole, self.context)
 
@@ -412,7 +445,9 @@ def apply(self:_Job, m, stats, close, closed):
     _tell_memory(m, close & ~closed, stats, self.optimizer)
     for s in m.sentinel.now:
         new = (close & ~closed)[s.layer, :s.n_heads]
-        if s.layer in stats.grams: repair_layer(m, s, new, stats.grams[s.layer], self.repair, self.lam)
+        if s.layer not in stats.grams: continue
+        used = repair_layer(m, s, new, stats.grams[s.layer], self.repair, self.lam)
+        if used > self.lam: self.info.setdefault('ridge_raised', {})[str(s.layer)] = used
     set_gates(m, torch.where(close & ~closed, 0., math.nan))
 
 # %% ../nbs/03b_pruning.ipynb #c0044
@@ -425,7 +460,7 @@ def pick(self:_Job, m, stats, goal, total, candidates=('joint', 'fisher', 'taylo
     for c in candidates:
         with transaction(m) as trial:
             self.apply(m, stats, self.choice(m.sentinel.now, stats, closed, goal, total, c), closed)
-            with measuring(m): res[c] = float(sum(_loss(m(to(i), attention_mask=to(k)).logits, to(y)) for i, k, y in held)/n)
+            with measuring(m): res[c] = float(sum(_loss(m(to(i), **forward_args(m, to(k))).logits, to(y)) for i, k, y in held)/n)
             trial.rollback()
     m.sentinel.memory = memory
     best = min(res, key=res.get)
@@ -455,6 +490,8 @@ def close_heads(
         _need(i is not None and not _shut(m)[l, i], f'layer {l} head {h}', 'a head that is open')
         leaving[l, i] = True
     if not leaving.any(): return HeadPlan.from_gates(m)
+    memory = m.sentinel.memory is not None
+    if repair != 'none' or memory: check_weights(m, 'close_heads', 'qkvo' if memory else 'o')
     repair = 'linear' if repair == 'affine' and not holds_bias(m) else repair
     if repair != 'none':
         _check_free(hm)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import UnsupportedArchitecture, base_model, core_linear
+from .heads import UnsupportedArchitecture, base_model, check_weights, core_linear
 from .gates import adapt, gate_values, set_gates, _need_adaptive
 from .measure import HeadStats, measure
 from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, _ready
@@ -235,6 +235,7 @@ def regrow(
     heads = _pick(m, amount, batches, strategy, stats, seed, init)
     if not heads: return Regrowth(model, {}, {}, 0, dict(init=init))
     _possible(m, heads, init, warmup)
+    check_weights(m, 'regrow', 'qkvo')
     _ready(model, optimizer, 'regrow')
     job = _Seed(m, init, stats, optimizer, alpha, seed, _exact_layers(m, heads) if warmup == 0 and init == 'memory' else {})
     removed = [x for x in heads if local_head(m, *x) is None]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GateRun', 'GateCallback', 'sentinel_parameters', 'open_heads', 'AdaptiveTrainerMixin', 'adaptive_trainer',
-           'AdaptiveTrainer', 'close_random', 'TrainResult', 'n_steps', 'train_gates', 'HeadLR', 'Plasticity',
-           'AdaptiveCallback']
+           'AdaptiveTrainer', 'close_random', 'TrainResult', 'n_steps', 'check_one_process', 'train_gates', 'HeadLR',
+           'Plasticity', 'AdaptiveCallback']
 
 # %% ../nbs/10_train.ipynb #c0002
 import functools, json, math, os, time, torch, transformers
@@ -348,6 +348,15 @@ def _measured(trainer, metrics=None):
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)), open=open_heads(m), heads=m.sentinel.now.n_heads)
 
 # %% ../nbs/10_train.ipynb #c0044
+def check_one_process(
+    args:TrainingArguments|None=None, # Of the run; None: what the launcher says
+):
+    "Raise `RuntimeError` in a run of several processes: each would learn gates of its own and close other heads than the next."
+    n = max(int(os.environ.get('WORLD_SIZE') or 1), 1 if args is None else args.world_size)
+    if n > 1: raise RuntimeError(
+        f'{n} processes: gates are learned in one, as several would close different heads; start it without torchrun, or with '
+        'accelerate launch --num_processes 1, and train what is left in as many processes as you like')
+
 def train_gates(
     model:nn.Module, # Any decoder; it is adapted if it isn't yet, and trained in place
     data, # `DatasetDict` with `train` and `validation` blocks, from `lm_dataset`
@@ -357,12 +366,12 @@ def train_gates(
     callbacks=(), # More callbacks for the Trainer
 ) -> TrainResult:
     "Learn gates and weights under the budget, close heads, fine-tune, and measure before, between and after."
+    check_one_process(args)
     steps = n_steps(args, len(data['train']))
     if steps < 2: raise ValueError(f'{steps} step(s) over {len(data["train"])} blocks: a run needs 2 or more; set max_steps or num_train_epochs higher')
     learn = max(1, round(run.learn*steps))
     learned = run.criterion == 'learned' and run.sparsity > 0
     adapt(model, GateConfig(run.mode, sparsity=run.sparsity, unit=run.unit, warmup=max(1, learn//2)) if learned else GateConfig())
-    if args.world_size > 1 and args.ddp_find_unused_parameters is None: args.ddp_find_unused_parameters = True # gates stop learning midway
     callback = GateCallback(run.learn)
     trainer = AdaptiveTrainer(model, args, train_dataset=data['train'], eval_dataset=data['validation'],
                               processing_class=tokenizer, callbacks=[callback, *callbacks])

@@ -24,6 +24,7 @@ VARIANTS = {'falcon-new': ('falcon', dict(new_decoder_architecture=True, num_kv_
             'opt-post-norm': ('opt', dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
             'neox-sequential': ('gpt_neox', dict(use_parallel_residual=False)),
             'llama-mqa': ('llama', dict(num_key_value_heads=1)), 'llama-eager': ('llama', dict(attn_implementation='eager')),
+            'qwen3-mqa': ('qwen3', dict(num_key_value_heads=1)), 'gemma3-mqa': ('gemma3_text', dict(num_key_value_heads=1)),
             'gpt2-untied': ('gpt2', dict(tie_word_embeddings=False)), 'llama-wide-heads': ('llama', dict(head_dim=16))}
 ALL = [*SEED, *LISTED, *dict.fromkeys(m for m in MORE if m not in LISTED), *VARIANTS]
 LISTED_ALL = SEED + LISTED + list(VARIANTS)

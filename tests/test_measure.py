@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from torch.nn.functional import pad
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, DEVICE, IDS, SEED, VARIANTS, build  # noqa: E402
@@ -85,13 +87,13 @@ def test_gradients_are_those_of_the_gates(name):
     assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel.now.n_heads for k in stats.tables)
 
 
-@pytest.mark.parametrize('name', SEED + ['mistral', 'gemma2', 'falcon', 'mpt', 'gpt_oss', 'qwen3_next'])
+@pytest.mark.parametrize('name', SEED + ['mistral', 'gemma2', 'falcon', 'mpt', 'gpt_oss', 'qwen3_next', 'gpt_neo', 'gpt_bigcode'])
 def test_padding_counts_for_nothing(name):
-    "Padding on the right changes no table; batches of one give what a batch of two gives."
+    "Padding on either side changes no table; batches of one give what a batch of two gives."
     model = build(name)
     want = measure(model, TWO, progress=False)
-    wide = dict(input_ids=torch.nn.functional.pad(TWO, (0, 5)), attention_mask=torch.nn.functional.pad(torch.ones_like(TWO), (0, 5)))
-    for got in (measure(model, wide, progress=False), measure(model, TWO, batch_size=1, progress=False)):
+    wide = [dict(input_ids=pad(TWO, side), attention_mask=pad(torch.ones_like(TWO), side)) for side in ((0, 5), (5, 0))]
+    for got in (*(measure(model, x, progress=False) for x in wide), measure(model, TWO, batch_size=1, progress=False)):
         for k in want.tables: torch.testing.assert_close(got[k], want[k], rtol=1e-3, atol=1e-5, equal_nan=True, msg=k)
 
 
@@ -116,3 +118,29 @@ def test_compact_models_are_measured_like_masked_ones(name):
     for k in ('entropy', 'distance', 'sink', 'fisher', 'use'):
         torch.testing.assert_close(plan.full(small[k])[0], masked[k][0].where(plan.keep[0], torch.nan), rtol=1e-4, atol=1e-6, equal_nan=True, msg=k)
         assert small[k][1].isnan().all()
+
+
+def test_data_sets_count_with_mask_and_labels():
+    "A tokenised data set gives the tables of the same rows as a dict, whether its rows are padded or of different lengths."
+    ids, mask = TWO.repeat(2, 1).cpu(), torch.ones(4, TWO.shape[1], dtype=torch.long)
+    for i in range(1, 4): mask[i, -2*i:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :4] = -100
+    rows = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    padded = Dataset.from_dict({k: v.tolist() for k, v in rows.items()})
+    ragged = Dataset.from_dict({k: [x[m == 1].tolist() for x, m in zip(rows[k], mask)] for k in ('input_ids', 'labels')})
+    model, what = build('llama'), ('entropy', 'gradient', 'use')
+    want = measure(model, rows, what, progress=False)
+    for data in (padded, ragged, padded.to_iterable_dataset()):
+        got = measure(model, data, what, progress=False)
+        assert got.info['tokens'] == want.info['tokens'] == int(mask.sum())
+        for k in want.tables: torch.testing.assert_close(got[k], want[k], rtol=1e-4, atol=1e-6, msg=k)
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_a_batch_that_gives_nothing_is_named(name):
+    model, nothing = build(name), dict(input_ids=TWO, labels=torch.full_like(TWO, -100))
+    with pytest.raises(ValueError, match='batch 1: no token counts'): measure(model, [TWO, nothing], progress=False)
+    with torch.no_grad(): next(iter(adapt(model).sentinel.now)).out.weight[0, 0] = float('inf')
+    with pytest.raises(ValueError, match='batch 0: the loss is'): measure(model, TWO, progress=False)
+    with pytest.raises(ValueError, match='batch 0: the input of .* holds NaN or infinity'): measure(model, TWO, 'use', progress=False)

@@ -117,3 +117,61 @@ def test_gates_are_trained_after_loading_as_they_were_before(mode, tmp_path):
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     wants = [(n, p.requires_grad) for n, p in model.named_parameters() if '.sentinel.' in n]
     assert wants == [(n, p.requires_grad) for n, p in back.named_parameters() if '.sentinel.' in n]
+
+
+class Packed(torch.Tensor):
+    "Stands for the tensors of quanto and torchao: floats to the outside, something else within."
+
+
+def int8(lin): lin.weight = torch.nn.Parameter(torch.zeros(lin.weight.shape, dtype=torch.int8), requires_grad=False)
+def packed(lin): lin.weight = torch.nn.Parameter(lin.weight.detach().as_subclass(Packed))
+def sharded(lin): lin.weight = torch.nn.Parameter(torch.zeros(0))
+
+
+def swapped(lin):
+    weight = lin.weight.detach()
+    del lin.weight
+    lin.held = lambda: weight
+
+
+@pytest.mark.parametrize('spoil, says', [(int8, 'torch.int8'), (packed, 'Packed'), (sharded, 'sharded'), (swapped, 'without a weight')])
+def test_weights_that_are_no_floats_in_memory_are_refused(spoil, says):
+    "Everything that reads or writes weights says so before it changes anything."
+    from sentinel_ai import adapt, measure, merge_gates, set_gates
+    from sentinel_ai.growth import grow
+    from sentinel_ai.pruning import close_heads
+    from sentinel_ai.regrow import regrow
+    model = set_gates(adapt(build('llama')), {(0, 0): 0., (1, 1): 0.})
+    spoil(model.sentinel.now[1].out)
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    for do in (lambda: prune(model, .5, CALIB, progress=False), lambda: measure(model, CALIB, 'use', progress=False), lambda: merge_gates(model),
+               lambda: close_heads(model, [(1, 0)], CALIB), lambda: regrow(model, [(0, 0)]), lambda: grow(model, heads=1),
+               lambda: grow(model, layers=1), lambda: compact(model, check=False)):
+        with pytest.raises(RuntimeError, match=f'layer 1: model.layers.1.self_attn.o_proj.weight is .*{says}'): do()
+    assert same(model, sd)
+
+
+def test_offloaded_weights_are_refused():
+    from accelerate import cpu_offload
+    model = cpu_offload(build('llama').cpu(), 'cpu')
+    with pytest.raises(RuntimeError, match='offloaded; prune needs float weights in memory'): prune(model, .25, CALIB.cpu(), progress=False)
+    assert type(model).__name__ == 'LlamaForCausalLM'
+
+
+@pytest.mark.parametrize('criterion', ['joint', 'fisher', 'wanda', 'entropy', 'auto'])
+def test_text_that_says_nothing_is_refused(criterion):
+    model, nothing = build('llama'), dict(input_ids=CALIB, labels=torch.full_like(CALIB, -100))
+    sd = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match='batch 1: no token counts'): prune(model, .4, [CALIB, nothing], criterion, progress=False)
+    assert type(model).__name__ == 'LlamaForCausalLM' and same(model, sd)
+    with torch.no_grad(): model.model.layers[-1].mlp.down_proj.weight[0, 0] = float('nan')
+    with pytest.raises(ValueError, match='batch 0: the loss is nan'): prune(model, .4, CALIB, criterion, progress=False)
+    assert type(model).__name__ == 'LlamaForCausalLM'
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'qwen2'])
+def test_a_singular_covariance_raises_the_ridge(name):
+    model = build(name)
+    plain = logits(model, CALIB)
+    plan = prune(model, .4, torch.full((2, 16), 7, device=DEVICE), progress=False)
+    assert all(v > .01 for v in plan.info.get('ridge_raised', {}).values()) and logits(model, CALIB).abs().max() < 10*plain.abs().max()
