@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .choose import lowest
 from .heads import UNITS, AttnSite, base_model, check_weights, core_linear, head_cost, head_map, in_dim
-from .state import built_heads, start_state, state_of, transaction, will_write
+from .state import built_heads, is_compact, start_state, state_of, transaction, will_write
 
 # %% ../nbs/01_gates.ipynb #c0008
 @dataclass
@@ -308,6 +308,16 @@ EDITS = dict(
     checkpoint='merged', restore='merged', reshape=f'merged adapter {_WRITES}')
 
 # %% ../nbs/01_gates.ipynb #c0119
+def _state_merged(m):
+    return is_adaptive(m) and is_merged(m) and 'the gates are merged into the weights; call unmerge_gates(model) first'
+
+def _state_learned(m):
+    mode = m.sentinel.config.mode if is_adaptive(m) else 'static'
+    return mode != 'static' and f'gates of mode {mode!r} are still being learned; harden_gates(model) first'
+
+def _state_compact(m):
+    return is_compact(m) and not state_of(m).plan.whole and 'this model is compact; expand(model) first'
+
 def _check_adapter(site, names):
     "Raise if an adapter is around one of these projections."
     for name in names:
