@@ -93,6 +93,7 @@ def keeps_rows(self:MlpSite, keep) -> bool:
     "Do all rows stay when these channels are kept? With no channel left, nothing has to stay."
     return self.stay and 0 < len(keep)
 
+# %% ../nbs/00a_channels.ipynb #c0025
 @patch
 def narrow(self:MlpSite,
     keep, # Channels that are kept, in order
@@ -104,7 +105,7 @@ def narrow(self:MlpSite,
     if self.keeps_rows(keep): return replace(self, n=n, proj={}, sizes={}, extras=())
     return replace(self, n=n, sizes={name: size // self.n * n for name, size in self.sizes.items()})
 
-# %% ../nbs/00a_channels.ipynb #c0026
+# %% ../nbs/00a_channels.ipynb #c0029
 def _kept_rows(site, small, name, keep):
     "For each row that a projection keeps, in its new order, the row it was."
     idx = torch.empty(small.sizes[name], dtype=torch.long, device='cpu')
@@ -123,7 +124,7 @@ def has_param(self:MlpSite, name:str) -> bool:
     path, _, leaf = name.rpartition('.')
     return getattr(self.mlp.get_submodule(path), leaf, None) is not None
 
-# %% ../nbs/00a_channels.ipynb #c0027
+# %% ../nbs/00a_channels.ipynb #c0030
 @patch
 def places(self:MlpSite,
     keep, # Channels that are kept, in order
@@ -145,12 +146,13 @@ def places(self:MlpSite,
         res[name] = dim, size, idx
     return {name: place for name, place in res.items() if self.has_param(name)}
 
-# %% ../nbs/00a_channels.ipynb #c0031
+# %% ../nbs/00a_channels.ipynb #c0034
 _OUTER = {0: ('in_features', 'nx'), 1: ('out_features', 'nf')}        # what a layer calls its inputs, its outputs
 
 CHANNEL_COUNTS = ('intermediate_size', 'intermediate_dim', 'ffn_hidden_size', 'ffn_dim', 'inner_dim', 'd_inner',
                   'dim_ff', 'dff')
 
+# %% ../nbs/00a_channels.ipynb #c0036
 class ChannelWiring:
     "How a module was told its number of channels, and what it was told before."
     def __init__(self,
@@ -185,7 +187,7 @@ class ChannelWiring:
             if had: setattr(m, name, value)
             else: delattr(m, name)
 
-# %% ../nbs/00a_channels.ipynb #c0033
+# %% ../nbs/00a_channels.ipynb #c0038
 def only_bias(
     core:nn.Module, # A projection
     x:Tensor, # Its input, or that of the module around it
@@ -197,7 +199,7 @@ def only_bias(
     shape = *x.shape[:-1], core.weight.shape[1 - in_dim(core)]
     return x.new_zeros(shape) if bias is None else bias.expand(shape)
 
-# %% ../nbs/00a_channels.ipynb #c0035
+# %% ../nbs/00a_channels.ipynb #c0040
 @patch
 def put_sizes(self:ChannelWiring):
     "Sizes that modules keep as attributes."
@@ -214,6 +216,7 @@ def put_sizes(self:ChannelWiring):
         for attr, value in list(vars(self.module).items()):
             if attr in CHANNEL_COUNTS and value == site.n: self.put('', attr, n)
 
+# %% ../nbs/00a_channels.ipynb #c0042
 @patch
 def put_forward(self:ChannelWiring):
     "The forward of modules that can't run without any channel."
@@ -232,7 +235,7 @@ def apply(self:ChannelWiring):
     self.put_sizes()
     self.module.channel_wiring = self
 
-# %% ../nbs/00a_channels.ipynb #c0037
+# %% ../nbs/00a_channels.ipynb #c0044
 @patch
 def rewire(self:MlpSite,
     keep, # Channels that are kept, in order, as the module was built
@@ -256,7 +259,7 @@ def unwire(self:MlpSite):
         wiring.undo()
         del module.channel_wiring
 
-# %% ../nbs/00a_channels.ipynb #c0042
+# %% ../nbs/00a_channels.ipynb #c0049
 CHANNEL_UNITS = ('channels', 'params', 'kv_bytes', 'flops')
 
 @patch
@@ -280,7 +283,7 @@ def cost(self:MlpSite,
         elif len(shape) > 1: total += 2*runs*entry*size/self.n
     return total
 
-# %% ../nbs/00a_channels.ipynb #c0045
+# %% ../nbs/00a_channels.ipynb #c0052
 _NAMES = (  # down, gate, up
     ('down_proj', 'gate_proj', 'up_proj'), ('down_proj', None, 'gate_up_proj'), ('down_proj', None, 'up_proj'),
     ('c_proj', None, 'c_fc'), ('dense_4h_to_h', None, 'dense_h_to_4h'), ('fc_out', None, 'fc_in'),
@@ -291,7 +294,7 @@ _NAMES = (  # down, gate, up
 
 _BETWEEN = r'ffn_(sub_?|layer)norm|ffn_norm|sub_norm'      # norms in front of the down projection
 
-# %% ../nbs/00a_channels.ipynb #c0047
+# %% ../nbs/00a_channels.ipynb #c0054
 MLPS = {
     'MoshiGatingMLP': lambda m: dict(bypass=True),
     'KyutaiSpeechToTextGatingMLP': lambda m: dict(bypass=True),
@@ -310,7 +313,7 @@ def register_mlp(
         raise TypeError(f'facts is a {type(facts).__name__}; pass a function from the module to a dict')
     MLPS[name] = facts
 
-# %% ../nbs/00a_channels.ipynb #c0049
+# %% ../nbs/00a_channels.ipynb #c0056
 def _is_projection(m, name):
     "Is there a layer with a matrix at this path?"
     if not has_module(m, name): return False
@@ -326,7 +329,7 @@ def _projections(m, facts):
         parts = ('gate', 'up') if gate else ('up',)
         if all(_is_projection(m, name) for name in names): return names[0], dict(zip(parts, names[1:]))
 
-# %% ../nbs/00a_channels.ipynb #c0051
+# %% ../nbs/00a_channels.ipynb #c0058
 def _is_norm_of_all(name, m, n, width):
     "Is this child a norm over `n` channels, not one over the residual stream's `width`?"
     weight = getattr(m, 'weight', None)
@@ -334,6 +337,7 @@ def _is_norm_of_all(name, m, n, width):
     if 'norm' not in type(m).__name__.lower(): return False
     return named if weight is None else weight.shape == (n,) and (named or n != width)
 
+# %% ../nbs/00a_channels.ipynb #c0061
 def _entries(path, mlp, projections, n, width):
     "Other parameters with an entry for each channel."
     elsewhere = tuple(f'{p}.' for p in projections)
@@ -349,7 +353,7 @@ def _entries(path, mlp, projections, n, width):
             f'say what it is: register_mlp({type(mlp).__name__!r}, lambda mlp: dict(extras=(({name!r}, dim),)))')
     return tuple(found), bool(norms)
 
-# %% ../nbs/00a_channels.ipynb #c0053
+# %% ../nbs/00a_channels.ipynb #c0063
 def read_mlp(
     path:str, # Dotted path in the model
     mlp:nn.Module, # The module there
@@ -377,7 +381,7 @@ def read_mlp(
     return MlpSite(-1, path, mlp, out_name, proj, layout, n, sizes=sizes, extras=extras,
                    stay=facts.get('stay', norm), bypass=facts.get('bypass', False))
 
-# %% ../nbs/00a_channels.ipynb #c0056
+# %% ../nbs/00a_channels.ipynb #c0066
 @dataclass
 class ChannelMap:
     "Every channel of a decoder's MLPs: a list of sites, one a layer, `None` where a layer has no dense MLP."
@@ -401,7 +405,7 @@ class ChannelMap:
     @property
     def n_channels(self) -> int: "Channels in all"; return sum(s.n for s in self)
 
-# %% ../nbs/00a_channels.ipynb #c0059
+# %% ../nbs/00a_channels.ipynb #c0069
 def routed_experts(
     model:nn.Module, # A decoder
 ) -> dict: # Path to module, outermost first
@@ -413,7 +417,7 @@ def routed_experts(
         if is_stack or re.search(r'(^|\.)experts$', path): found[path] = m
     return found
 
-# %% ../nbs/00a_channels.ipynb #c0062
+# %% ../nbs/00a_channels.ipynb #c0072
 def _why_not(path, m):
     "Why a module that has the projections of an MLP is left alone; empty if it isn't."
     if re.search(OTHER_INPUT, path.lower()): return 'reads another input'
@@ -425,6 +429,7 @@ def _is_like_mlp(m):
     linear = [c for c in m.children() if isinstance(c, nn.Linear) or type(c).__name__ == 'Conv1D']
     return len(linear) > 1 and re.search('mlp|feed_?forward|ffn', type(m).__name__.lower())
 
+# %% ../nbs/00a_channels.ipynb #c0075
 _UNKNOWN = 'no projections of a known name; see register_mlp'
 
 def _read_all(model):
@@ -444,6 +449,7 @@ def _read_all(model):
         elif site: found[path] = site
     return found, unmapped, shared
 
+# %% ../nbs/00a_channels.ipynb #c0077
 def _parameters(site): return [id(site.mlp.get_parameter(name)) for name in site.places(range(site.n))]
 
 def _join_twins(found, shared):
@@ -456,7 +462,7 @@ def _join_twins(found, shared):
         found[known] = replace(found[known], twins=(*found[known].twins, site.mlp))
         shared.setdefault(known, []).append(path)
 
-# %% ../nbs/00a_channels.ipynb #c0064
+# %% ../nbs/00a_channels.ipynb #c0079
 def channel_map(
     model:nn.Module, # A decoder-only causal language model of transformers (or PEFT's wrapper around one)
 ) -> ChannelMap:
@@ -480,7 +486,7 @@ def channel_map(
     n_params = sum(p.numel() for p in model.parameters())
     return ChannelMap(sites, getattr(model.config, 'model_type', '?'), n_params, unmapped)
 
-# %% ../nbs/00a_channels.ipynb #c0072
+# %% ../nbs/00a_channels.ipynb #c0087
 @patch
 def channel_params(self:ChannelMap) -> int:
     "Parameters held by channels."
@@ -496,6 +502,7 @@ def table(self:ChannelMap,
     for s in self: t[s.layer, :s.n] = s.cost(unit, context)
     return t
 
+# %% ../nbs/00a_channels.ipynb #c0090
 @patch
 def coverage(self:ChannelMap) -> list: # Rows of (layers, module, channels, projections, layout, parameters)
     "The coverage table, alike layers merged."
@@ -508,7 +515,7 @@ def coverage(self:ChannelMap) -> list: # Rows of (layers, module, channels, proj
     span = lambda ls: str(ls[0][0]) if len(ls) == 1 else f'{ls[0][0]}–{ls[-1][0]}'
     return [(span(ls), *k, f'{round(sum(params for _, params in ls)):,}') for k, ls in rows]
 
-# %% ../nbs/00a_channels.ipynb #c0074
+# %% ../nbs/00a_channels.ipynb #c0092
 _COLUMNS = ('layers', 'module', 'channels', 'projections', 'layout', 'parameters in channels')
 
 def _grid(rows):
@@ -522,6 +529,7 @@ def _aligned(rows):
     widths = [max(map(len, column)) for column in zip(*text)]
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in text)
 
+# %% ../nbs/00a_channels.ipynb #c0095
 @patch
 def summary(self:ChannelMap) -> list: # Sentences
     "What is covered, which modules are shared, and what is not mapped."
@@ -542,7 +550,7 @@ def _repr_markdown_(self:ChannelMap):
 @patch
 def __repr__(self:ChannelMap): return '\n'.join([_aligned([_COLUMNS, *self.coverage()]), *self.summary()])
 
-# %% ../nbs/00a_channels.ipynb #c0080
+# %% ../nbs/00a_channels.ipynb #c0101
 @torch.no_grad()
 def probe_channels(
     model:nn.Module, # A model whose weights may be changed for a moment
@@ -572,7 +580,7 @@ def probe_channels(
     finally: core.weight[idx] = old
     return changed
 
-# %% ../nbs/00a_channels.ipynb #c0088
+# %% ../nbs/00a_channels.ipynb #c0109
 @dataclass
 class Sites:
     "Where all units of a model are."
@@ -586,6 +594,7 @@ class Sites:
         yield from self.heads
         yield from self.channels or ()
 
+# %% ../nbs/00a_channels.ipynb #c0111
 def _embeddings(model):
     "Parameters of token and position embeddings and of the language-model head, each once."
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -607,7 +616,7 @@ def sites(
     total = sum(p.numel() for p in model.parameters())
     return Sites(heads, channels, parts | dict(rest=total - sum(parts.values())), why)
 
-# %% ../nbs/00a_channels.ipynb #c0090
+# %% ../nbs/00a_channels.ipynb #c0113
 @patch
 def coverage(self:Sites) -> list: # Rows of (part, parameters, share)
     "Parameters held by heads, channels, routed experts, embeddings (with the language-model head), and the rest."
