@@ -1,4 +1,4 @@
-"""The map of MLP channels on the architecture matrix: rows are where it says, and pruning by `places` and `rewire` is exact and undone exactly.
+"""The map of MLP channels on the architecture matrix: rows are where it says, pruning is exact and undone exactly.
 
 `pytest tests/test_channels.py -k llama` runs one architecture.
 """
@@ -12,6 +12,7 @@ import torch
 from sentinel_ai import UnsupportedArchitecture
 from sentinel_ai.channels import channel_map, probe_channels, sites
 from sentinel_ai.heads import core_linear, head_map, in_dim, random_model
+from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, IDS, build, logits  # noqa: E402
@@ -20,11 +21,13 @@ from test_surgery import attributes, close, state  # noqa: E402
 torch.set_num_threads(1)
 # Every MLP of these is a set of routed experts
 NO_MLP = {'gpt_oss', 'granitemoe', 'minimax', 'mixtral', 'olmoe', 'phimoe', 'qwen3_moe'}
-DENSE = [name for name in ALL if name not in NO_MLP]
+# Dory has a norm without weights and a factor for each channel
+MORE = [m for m in ('dory', 'cpmant', 'xlm', 'granitemoehybrid') if m in CONFIG_MAPPING]
+DENSE = [name for name in ALL if name not in NO_MLP] + MORE
 # Not every layer of these has a dense MLP: Mamba or attention alone, or routed experts
 PARTLY = {'nemotron_h', 'jamba'}
 # A norm over all channels: disturbing one changes all
-COUPLED = {'bitnet'}
+COUPLED = {'bitnet', 'dory'}
 
 
 def kinds(model):
@@ -154,7 +157,8 @@ def test_parts_add_up(name):
 
 @pytest.mark.parametrize('name', sorted(NO_MLP))
 def test_without_a_dense_mlp(name):
-    with pytest.raises(UnsupportedArchitecture, match='no dense MLP.*routed experts.*register_mlp'): channel_map(build(name))
+    with pytest.raises(UnsupportedArchitecture, match='no dense MLP.*routed experts.*register_mlp'):
+        channel_map(build(name))
 
 
 def test_cost_sums_to_what_is_saved():
@@ -171,16 +175,21 @@ ZAMBA = dict(num_hidden_layers=4, num_attention_heads=4, attention_head_dim=16, 
              layers_block_type=['mamba', 'hybrid', 'mamba', 'hybrid'])
 
 
-@pytest.mark.parametrize('name,more', [('zamba', {}), ('zamba2', dict(num_mem_blocks=1, hybrid_layer_ids=[1, 3]))])
+ZAMBA2 = dict(num_mem_blocks=1, hybrid_layer_ids=[1, 3])
+
+
+@pytest.mark.parametrize('name,more', [('zamba', {}), ('zamba2', ZAMBA2)])
 def test_twins_are_pruned_together(name, more):
-    "Zamba's layers share a block: modules of their own with the same parameters; Zamba 2's have adapters with rows for each channel besides."
+    "Zamba's layers share a block: modules with the same parameters. Zamba 2's adapters have rows for each channel."
     model = random_model(name, **ZAMBA, **more).to(IDS.device)
     cm = channel_map(model)
     site = cm[1]
     assert [s is not None for s in cm.sites] == [False, True, False, False]
     assert len(site.twins) == 1 and site.shared_by == (site.path.replace('.1.', '.3.'),)
-    if name == 'zamba': assert site.cost('flops') == 2*2*sum(p.numel() for p in site.mlp.parameters())/site.n  # two layers, two operations
-    for part in site.proj: assert probe_channels(model, site, part, [3, 9]).nonzero().flatten().tolist() == [3, 9]
+    weights = sum(p.numel() for p in site.mlp.parameters())
+    if name == 'zamba': assert site.cost('flops') == 2*2*weights/site.n            # two layers, two operations
+    for part in site.proj:
+        assert probe_channels(model, site, part, [3, 9]).nonzero().flatten().tolist() == [3, 9]
     want, had = logits(model), attributes(model)
     for keep in (some(site.n), []):
         zeroed = logits(zero_columns(copy.deepcopy(model), {1: keep}))
@@ -201,5 +210,4 @@ def test_adapters_are_looked_through(name):
     site = channel_map(model)[0]
     assert hasattr(site.out, 'base_layer')
     assert f'{target}.base_layer.weight' in site.places(range(site.n))
-    part = 'up'
-    assert probe_channels(model, site, part, [3]).nonzero().flatten().tolist() == [3]
+    assert probe_channels(model, site, 'up', [3]).nonzero().flatten().tolist() == [3]
