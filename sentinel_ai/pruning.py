@@ -18,7 +18,7 @@ from .gates import adapt, check_edit, gate_values, is_adaptive, is_merged, set_g
 from .measure import (CRITERIA, NEEDS, check_loss, enough_ridge, forward_args, measure, measuring, out_columns,
                                  score, _batches, _loss)
 from .surgery import HeadPlan, compact, expand, full_param, local_head, original_heads, put_full
-from .state import RepairLog, transaction, will_write
+from .state import RepairLog, state_of, transaction, will_write
 
 # %% ../nbs/03b_pruning.ipynb #c0008
 REPAIRS = ('none', 'bias', 'linear', 'affine')
@@ -326,7 +326,7 @@ def check(self:_Job, m):
 @patch
 def check_touched(self:_Job, m):
     "Raise if weights are to be read or written that aren't floats in memory."
-    memory = m.sentinel.memory is not None
+    memory = (state := state_of(m)) is not None and state.memory is not None
     reads = self.needs() & {'use', 'gram', 'joint'}
     if self.repair != 'none' or reads or memory or m.device.type == 'meta': check_weights(m, 'prune', 'qkvo' if memory else 'o')
 
