@@ -14,18 +14,18 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from .heads import base_model, head_map
 from .gates import gate_values, is_adaptive
-from .measure import measuring, _Watch, _biased
+from .measure import measuring, AttentionWatch, with_bias
 from .surgery import original_heads
-from .viz import COLORS, _area, _bar
+from .viz import COLORS, inside_axes, color_bar
 
 # %% ../nbs/11a_attention.ipynb #c0005
-class _Maps(_Watch):
+class _Maps(AttentionWatch):
     "Keeps whole tables `[b h t s]` in place of sums."
     def _called(self, q, k, bias, scale, causal):
         q, k = q.detach().float(), k.detach().float()
         if k.shape[1] != q.shape[1]: k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
         z = (scale or q.shape[-1]**-.5)*(q @ k.mT)
-        if bias is not None: z = _biased(z, bias if bias.dtype == torch.bool else bias.float())
+        if bias is not None: z = with_bias(z, bias if bias.dtype == torch.bool else bias.float())
         return (z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1), -math.inf) if causal else z).softmax(-1),
     def _formed(self, z): return z.detach().float().softmax(-1)[..., :z.shape[2]],     # a sink has a column and no key
 
@@ -70,7 +70,7 @@ def plot_attention(
     if not there: raise ValueError(f'none of the models has a map of {heads or "any head"}; call attention_maps(model, ids, heads)')
     t, names, n, k = len(there[0]), list(tokens or []) if len(tokens or []) <= 24 else [], len(heads), len(maps)
     if names and len(names) != t: raise ValueError(f'{len(names)} tokens were given for maps of {t}')
-    ax, im = _area(ax, (.9 + 1.5*n, .3 + 1.5*k)), None
+    ax, im = inside_axes(ax, (.9 + 1.5*n, .3 + 1.5*k)), None
     for j, (title, m) in enumerate(maps.items()):
         for i, h in enumerate(heads):
             a = ax.inset_axes([i/n, 1 - (j + 1)/k, .9/n, .9/k])
@@ -79,7 +79,7 @@ def plot_attention(
             a.set_yticks(range(t) if names and not i else [], names if not i else [], fontsize=6)
             if not j: a.set_title(f'layer {h[0]}, head {h[1]}', fontsize=8)
             if not i: a.set_ylabel(title, fontsize=9)
-    _bar(ax.child_axes[n-1], im, (0, .1, .5, 1), ('0', '0.1', '0.5', '1'))
+    color_bar(ax.child_axes[n-1], im, (0, .1, .5, 1), ('0', '0.1', '0.5', '1'))
     return ax
 
 def _map(ax, p, t):

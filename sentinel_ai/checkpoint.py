@@ -18,11 +18,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from .io import STATE, join_state, read_state, settle, split_state, staged, sync, write_state
 from .heads import base_model, core_linear, out_features
-from .gates import GateConfig, adapt, check_edit, is_adaptive, set_gates, _base_class
+from .gates import GateConfig, adapt, check_edit, is_adaptive, set_gates, plain_class
 from .plan import HeadPlan
 from .state import built_heads, is_compact, state_of, transaction, will_write
-from .surgery import _apply
-from .saving import _HEADS, _extra_biases, _recall
+from .surgery import apply_plan
+from .saving import HEADS_FILE, extra_biases, recall_removed
 from .unet import add_skips, remove_skips
 from .memory import HeadMemory
 from .agency import Agency
@@ -196,13 +196,13 @@ def model_state(
 ) -> dict:
     "What a model of this architecture needs to become this one, besides weights."
     m = base_model(model)
-    res = dict(cls=_base_class(m).__name__, shapes=_full_shapes(m), adaptive=is_adaptive(m), skips=None)
+    res = dict(cls=plain_class(m).__name__, shapes=_full_shapes(m), adaptive=is_adaptive(m), skips=None)
     if hasattr(m, 'sentinel_skips'): res['skips'] = m.sentinel_skips.config()
     if not is_adaptive(m): return res
     check_edit(m, 'checkpoint')
     removed = {n: r['state'] for n, r in m.sentinel.stash.items() if r.get('state')}
     agency = m.sentinel.agency
-    return res | dict(plan=m.sentinel.plan.to_dict(), compact=m.sentinel.compact, gates=asdict(m.sentinel.config), biases=_extra_biases(m),
+    return res | dict(plan=m.sentinel.plan.to_dict(), compact=m.sentinel.compact, gates=asdict(m.sentinel.config), biases=extra_biases(m),
                       info=m.sentinel.plan.info or None, moments=removed,
                       agency=None if agency is None else agency.to_dict(len(agency.events)))
 
@@ -219,8 +219,8 @@ def check_shape(
 ):
     "Raise `ValueError` unless the model can be brought to the saved shape."
     m = base_model(model)
-    if (cls := _base_class(m).__name__) != saved['cls']: raise ValueError(f"the checkpoint is of a {saved['cls']}, this model is a {cls}")
-    mine, odd = _full_shapes(m), {*saved.get('biases', ()), *(_extra_biases(m) if is_adaptive(m) else ())}
+    if (cls := plain_class(m).__name__) != saved['cls']: raise ValueError(f"the checkpoint is of a {saved['cls']}, this model is a {cls}")
+    mine, odd = _full_shapes(m), {*saved.get('biases', ()), *(extra_biases(m) if is_adaptive(m) else ())}
     for n in mine.keys() | saved['shapes'].keys():
         if n.rpartition('.')[0] in odd and n.endswith('.bias'): continue
         if mine.get(n) != saved['shapes'].get(n): raise ValueError(
@@ -239,11 +239,11 @@ def _same_heads(m, saved):
 # %% ../nbs/09_checkpoint.ipynb #c0032
 def _to_original(m, optimizer):
     "All heads back in their places, whatever is in them."
-    if is_compact(m): _apply(m, m.sentinel.plan.everything(), optimizer)
+    if is_compact(m): apply_plan(m, m.sentinel.plan.everything(), optimizer)
 
 def _set_biases(m, want):
     "Output projections get the bias that a repair gave them, or lose it."
-    for n in sorted({*want, *(_extra_biases(m) if is_adaptive(m) else ())}):
+    for n in sorted({*want, *(extra_biases(m) if is_adaptive(m) else ())}):
         lin = core_linear(m.get_submodule(n))
         if n not in want: lin.bias = None
         elif lin.bias is None: lin.bias = nn.Parameter(lin.weight.new_zeros(out_features(lin)), lin.weight.requires_grad)
@@ -272,7 +272,7 @@ def reshape(
         if is_adaptive(m): adapt(m, GateConfig()); set_gates(m, 1.)
         return
     adapt(m, GateConfig(dtype=saved['gates']['dtype']))                      # only static gates can be cut
-    if saved['compact'] and not same: _apply(m, HeadPlan.from_dict(saved['plan']), optimizer)
+    if saved['compact'] and not same: apply_plan(m, HeadPlan.from_dict(saved['plan']), optimizer)
     adapt(m, GateConfig(**saved['gates']))
     for n, r in m.sentinel.stash.items(): r.update(parts=[], state=saved['moments'].get(n, {}))
     if saved['info'] is not None: m.sentinel.plan.info = dict(saved['info'])
@@ -329,8 +329,8 @@ def _restore(model, path, saved, optimizer=None):
     with transaction(m, optimizer):
         reshape(m, saved, optimizer)
         load_weights(m, files)
-        if saved['adaptive']: _recall(m, files, {})
-        if folder is not None and (Path(files)/_HEADS).exists(): HeadMemory.load(Path(files)/_HEADS, folder).attach(m)
+        if saved['adaptive']: recall_removed(m, files, {})
+        if folder is not None and (Path(files)/HEADS_FILE).exists(): HeadMemory.load(Path(files)/HEADS_FILE, folder).attach(m)
         if saved.get('agency') is not None: Agency.from_dict(saved['agency'], log).attach(m)
     return model
 

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from .io import whole
 from .heads import HEAD_COUNTS, KV_COUNTS, first_attr, AttnSite, UnsupportedArchitecture, base_model, core_linear, head_map, in_dim
 from .state import is_compact, state_of
-from .gates import _base_class
-from .pruning import _FLAGS
+from .gates import plain_class
+from .pruning import BIAS_FLAGS
 from .loaders import load_tokenizer
 
 # %% ../nbs/07b_export.ipynb #c0006
@@ -241,7 +241,7 @@ def _skeleton(m, heads, kv_heads, d, bias=()):
     "A model of the same class on the meta device, with that many heads."
     cfg = _config(m, heads, kv_heads, d, bias)
     try:
-        with torch.device('meta'): new = _base_class(m)(cfg)
+        with torch.device('meta'): new = plain_class(m)(cfg)
         sites = list(head_map(new))
     except Exception as e: raise ValueError(_cannot(m, heads, kv_heads, d, e)) from e
     bad = next((s for s in sites if (s.n_heads, s.n_kv_heads, s.head_dim) != (heads, kv_heads, d)), None)
@@ -259,14 +259,14 @@ def _separable(m, kept, heads):
 
 def _with_biases(m, heads, kv_heads, d):
     "The skeleton, with biases switched on in its config where the model has some that it would lack."
-    sd, have = _state(m), [b for b in (*_FLAGS, 'mlp_bias') if getattr(m.config, b, None) is False]
+    sd, have = _state(m), [b for b in (*BIAS_FLAGS, 'mlp_bias') if getattr(m.config, b, None) is False]
     lost = lambda new: (lambda own: [n for n in sd if n not in own])(new.state_dict())
     new, sites = _skeleton(m, heads, kv_heads, d)
     need, missing = [], lost(new)
     for b in have:
         if missing and len(now := lost(_skeleton(m, heads, kv_heads, d, [*need, b])[0])) < len(missing): need, missing = [*need, b], now
     if missing: raise ValueError(
-        f"{missing[0]}: {type(m.config).__name__} has no setting that gives {_base_class(m).__name__} this tensor; repair with 'linear', "
+        f"{missing[0]}: {type(m.config).__name__} has no setting that gives {plain_class(m).__name__} this tensor; repair with 'linear', "
         'which needs no bias, or use save_pretrained')
     return _skeleton(m, heads, kv_heads, d, need) if need else (new, sites)
 
@@ -347,7 +347,7 @@ def _gguf_name(name):
 # %% ../nbs/07b_export.ipynb #c0050
 def _llama_like(m):
     "Refuse what `deci` can't hold or compute, before anything is done."
-    cfg, what = m.config, f"{_base_class(m).__name__} cannot be written as GGUF: llama.cpp's `deci` is a Llama, "
+    cfg, what = m.config, f"{plain_class(m).__name__} cannot be written as GGUF: llama.cpp's `deci` is a Llama, "
     have = _state(m)
     odd = next((n for n in have if _gguf_name(n) is None), None)
     if odd: raise UnsupportedArchitecture(f'{what}which has no tensor like {odd}; save_pretrained keeps any model')

@@ -15,9 +15,9 @@ from .heads import (AttnSite, UnsupportedArchitecture, base_model, check_weights
                                in_features, out_features, layer_stacks)
 from .plan import HeadPlan, grown_heads
 from .state import built_heads, is_compact, state_of, transaction, will_write
-from .gates import adapt, gate_values, is_adaptive, _base_class
-from .surgery import (full_param, head_slices, replay, _all_back, _apply, _differ, _first_look, _heads_of,
-                                 _param, _places, _ready, _shape_layer, _size, _unwire, _watch, _widen, _wire)
+from .gates import adapt, gate_values, is_adaptive, plain_class
+from .surgery import (full_param, head_slices, replay, all_back, apply_plan, differing_layers, look_before, heads_by_layer,
+                                 param_at, head_places, check_ready, shape_layer, model_size, unwire_attention, observe_layers, widen_map, wire_attention)
 from .regrow import drawn, strength
 
 # %% ../nbs/04c_growth.ipynb #c0009
@@ -61,7 +61,7 @@ def _fill(m, now, big, local, new, init, gen, names):
     "Give one new head its values, as a removed head that can come back. Returns what its donor was, if that changes."
     note = None
     for (name, dim, src, part), (_, _, idx, _) in zip(head_slices(now, local), head_slices(big, new)):
-        p = _param(now.attn, name)
+        p = param_at(now.attn, name)
         rec, old = m.sentinel.stash[names[id(p)]], _share(p, dim, src)
         if any(torch.isin(idx, i).all() for i in (rec['held'], *(i for i, _ in rec['parts']))): continue     # a KV head that is there
         if part == 'o' and init == 'split':
@@ -79,7 +79,7 @@ def _fill(m, now, big, local, new, init, gen, names):
 
 # %% ../nbs/04c_growth.ipynb #c0016
 def _grow_heads(m, heads, init, optimizer, seed, scores):
-    _ready(m, optimizer, 'grow')
+    check_ready(m, optimizer, 'grow')
     before = m.sentinel.built
     plan, scores, want, gen = m.sentinel.plan, strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
     if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
@@ -87,11 +87,11 @@ def _grow_heads(m, heads, init, optimizer, seed, scores):
     scores = torch.where(strength(m).isnan(), float('nan'), scores.cpu().float())
     new = {l: _placed(before[l], n, scores[l, :before[l].n_heads]) for l, n in want.items()}
     hm = replace(before, sites=[s and (s.widen([(*x, init == 'split') for x in new[s.layer]]) if s.layer in new else s) for s in before.sites])
-    seen, names, gates = _first_look(m), {id(p): n for n, p in m.named_parameters()}, plan.full(gate_values(m, effective=True))
+    seen, names, gates = look_before(m), {id(p): n for n, p in m.named_parameters()}, plan.full(gate_values(m, effective=True))
     reps = {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
     state = m.sentinel
     with transaction(m, optimizer):
-        _widen(m, hm)
+        widen_map(m, hm)
         at = len(state.grown)
         for l, pairs in new.items():
             present = plan.kept(l)
@@ -101,9 +101,9 @@ def _grow_heads(m, heads, init, optimizer, seed, scores):
                 state.grown.append(dict(layer=l, head=h, donor=donor, gate=gate) | (note or {}))
         keep = state.plan.keep.clone()
         for n in state.grown[at:]: keep[n['layer'], n['head']] = True
-        _apply(m, replace(state.plan, keep=keep), optimizer)
+        apply_plan(m, replace(state.plan, keep=keep), optimizer)
         _open(m, state.grown[at:])
-        if bad := _differ(m, state.built, seen, list(new)): raise UnsupportedArchitecture(
+        if bad := differing_layers(m, state.built, seen, list(new)): raise UnsupportedArchitecture(
             f'{type(m).__name__}: with further heads the attention is not what it was ({"; ".join(f"layer {l}: {w}" for l, w in list(bad.items())[:2])}). '
             'The model is as it was before.')
         _move_repairs(m, reps)
@@ -113,7 +113,7 @@ def _can_grow(m, hm, plan, want):
     "Raise if a layer can't get further heads, before anything is changed."
     owner = {}
     for s in hm:
-        for name in _places(s, s, range(s.n_heads)): owner.setdefault(id(_param(s.attn, name)), set()).add(s.layer)
+        for name in head_places(s, s, range(s.n_heads)): owner.setdefault(id(param_at(s.attn, name)), set()).add(s.layer)
     for l in want:
         hm[l].widen([])
         if core_linear(hm[l].out).weight.is_meta: raise RuntimeError(f'layer {l} holds no data (meta); load the weights first')
@@ -183,17 +183,17 @@ def _drop(m, old, notes, optimizer):
     new = HeadPlan.of(old)
     keep = _fit(plan.keep, 1, new.keep.shape[1]) & new.exists
     state.plan = replace(new, keep=keep, columns=plan.columns, info=plan.info, channels=plan.channels)
-    state.built, state.now = old, replace(old, sites=sites, n_params=_size(m))
-    if state.plan.whole: old.n_params = _size(m); _all_back(m)
+    state.built, state.now = old, replace(old, sites=sites, n_params=model_size(m))
+    if state.plan.whole: old.n_params = model_size(m); all_back(m)
 
 def _drop_layer(m, b, s, plan, recs, names, optimizer):
     now, columns = plan.keep[b.layer].nonzero().flatten().tolist(), b.layer in plan.columns
     keep = [h for h in now if h < s.n_heads]
-    _shape_layer(b, now, keep, columns, recs, names, optimizer, m.sentinel.config)
-    for name, (dim, _, idx) in _places(b, s, range(s.n_heads)).items(): _renumber_back(recs[names[id(_param(s.attn, name))]], dim, idx)
+    shape_layer(b, now, keep, columns, recs, names, optimizer, m.sentinel.config)
+    for name, (dim, _, idx) in head_places(b, s, range(s.n_heads)).items(): _renumber_back(recs[names[id(param_at(s.attn, name))]], dim, idx)
     s1 = s if len(keep) == s.n_heads else s.narrow(keep, columns)
-    _unwire(b)
-    _wire(s, s1, keep, columns)
+    unwire_attention(b)
+    wire_attention(s, s1, keep, columns)
     return s1
 
 def _renumber_back(rec, dim, idx):
@@ -221,7 +221,7 @@ def ungrow(
     m = base_model(model)
     hm = built_heads(m)
     if not grown_heads(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
-    _ready(model, optimizer, 'grow')
+    check_ready(model, optimizer, 'grow')
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     keep = _fit(m.sentinel.plan.keep, 1, native.shape[1]) & HeadPlan.of(native).exists
     if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')
@@ -277,7 +277,7 @@ def _settings(x): return {k: v for k, v in vars(x).items() if type(v) in (int, f
 
 def _twins(m, key, order):
     "An empty model of a deeper config that fits, and what changes in each module: `(config, {module: {setting: (old, new)}})`."
-    n, cls, why = len(m.get_submodule(key)), _base_class(m), 'its config does not say how many layers there are'
+    n, cls, why = len(m.get_submodule(key)), plain_class(m), 'its config does not say how many layers there are'
     with torch.device('meta'): old = cls(copy.deepcopy(m.config))
     kinds = lambda x: {k: v.shape for k, v in x.state_dict().items()}
     for cfg in _deeper(m.config, order, n):
@@ -313,7 +313,7 @@ def _copied(layer, ends):
 
 def _look(m):
     "Logits of a few tokens, one row padded, at those that count."
-    logits, mask, _ = _watch(m)
+    logits, mask, _ = observe_layers(m)
     return logits[mask]
 
 # %% ../nbs/04c_growth.ipynb #c0032
@@ -371,7 +371,7 @@ def _renumber_layers(m, key, order, fresh, names):
         return replace(s, **at, native=s.native and replace(s.native, **at))
     to = {l: i for i, l in reversed(list(enumerate(order)))}
     compact = state.now is not state.built
-    state.now = replace(moved(state.now), n_params=_size(m))
+    state.now = replace(moved(state.now), n_params=model_size(m))
     state.built = moved(state.built) if compact else state.now
     _renumber_plan(m, order)
     now = {id(p): n for n, p in m.named_parameters()}
@@ -387,8 +387,8 @@ def _renumber_plan(m, order):
     p = state.plan
     state.plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order],
                          columns=[i for i, l in enumerate(order) if l in p.columns], grown=grown_heads(state.built))
-    for s0, s1, keep in zip(state.built.sites, state.now.sites, _heads_of(state.plan)):
-        if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): _unwire(s0); _wire(s0, s1, keep, s0.layer in state.plan.columns)
+    for s0, s1, keep in zip(state.built.sites, state.now.sites, heads_by_layer(state.plan)):
+        if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): unwire_attention(s0); wire_attention(s0, s1, keep, s0.layer in state.plan.columns)
 
 def _copy_removed(m, key, i, l):
     "What left a layer has left its copy too, which writes nothing even if it comes back."

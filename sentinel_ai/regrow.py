@@ -13,11 +13,11 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
 from .heads import UnsupportedArchitecture, base_model, check_weights, core_linear
-from .gates import adapt, gate_values, set_gates, _need_adaptive
+from .gates import adapt, gate_values, set_gates, need_adapted
 from .measure import HeadStats, measure
-from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, _ready
+from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, check_ready
 from .state import transaction, will_write
-from .pruning import out_weight, repair_share, shift_repair, _check_free
+from .pruning import out_weight, repair_share, shift_repair, check_free
 from .memory import read_head, sole, write_head
 from .unet import mirror
 
@@ -128,7 +128,7 @@ def strength(
     model:nn.Module, # An adapted model
 ) -> Float[Tensor, 'l h']: # In the numbering of the original model; NaN where no open head exists
     "How strong each open head is: the norm of its output columns times that of its value rows."
-    m = _need_adaptive(model)
+    m = need_adapted(model)
     gates, t = gate_values(m, effective=True), torch.full(m.sentinel.plan.keep.shape, math.nan)
     for s in m.sentinel.now:
         for i, h in enumerate(original_heads(m, s.layer)):
@@ -227,7 +227,7 @@ def regrow(
     seed:int=0, # Of all draws
 ) -> Regrowth: # Done already without a warm-up
     "Bring heads back. Raises before anything is changed, also `ConsentError` for heads whose consent is withdrawn."
-    m = _need_adaptive(model)
+    m = need_adapted(model)
     if init not in INITS: raise ValueError(f'init={init!r}: allowed is one of {INITS}')
     if not (isinstance(warmup, int) and warmup >= 0): raise ValueError(f'warmup={warmup!r}: allowed is a whole number of 0 or more steps')
     if not 0 <= alpha <= 1: raise ValueError(f'alpha={alpha!r}: allowed is 0 to 1')
@@ -236,7 +236,7 @@ def regrow(
     if not heads: return Regrowth(model, {}, {}, 0, dict(init=init))
     _possible(m, heads, init, warmup)
     check_weights(m, 'regrow', 'qkvo')
-    _ready(model, optimizer, 'regrow')
+    check_ready(model, optimizer, 'regrow')
     job = _Seed(m, init, stats, optimizer, alpha, seed, _exact_layers(m, heads) if warmup == 0 and init == 'memory' else {})
     removed = [x for x in heads if local_head(m, *x) is None]
     info = dict(init=init, strategy=strategy if isinstance(strategy, str) else 'given', seed=seed)
@@ -282,7 +282,7 @@ def _possible(m, heads, init, warmup):
     origin = m.sentinel.built
     for l in dict.fromkeys(l for l, _ in heads):
         s, where = origin[l], f'layer {l} ({type(origin[l].attn).__name__})'
-        if init != 'memory': _check_free(origin)
+        if init != 'memory': check_free(origin)
         if init == 'split':
             if s.layout == 'other' or s.stay: raise UnsupportedArchitecture(
                 f"{where}: a head can't be copied alone, as a norm or a mask is made of all heads; use init='memory' or 'zero'")

@@ -20,7 +20,7 @@ from .io import read_state, staged, write_text
 from .heads import UNITS
 from .choose import lowest
 from .gates import (GateConfig, adapt, base_model, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive,
-                               set_gates, _settings)
+                               set_gates, settings_table)
 from .surgery import HeadPlan, compact, head_slices, original_heads
 from .pruning import REPAIRS, close_heads
 from .memory import HeadMemory
@@ -51,7 +51,7 @@ class GateRun:
         need(0 < self.learn <= 1, 'learn', 'above 0, up to 1')
         need(self.gate_lr >= 0, 'gate_lr', '0 or more')
 
-    def _repr_markdown_(self): return _settings(self)
+    def _repr_markdown_(self): return settings_table(self)
 
 # %% ../nbs/10_train.ipynb #c0009
 class GateCallback(TrainerCallback):

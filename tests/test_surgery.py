@@ -367,8 +367,8 @@ def test_a_difference_is_noticed_and_undone(monkeypatch):
     close(logits(model), want)
     assert plan.columns
     expand(model)
-    real = S._places
-    monkeypatch.setattr(S, '_places', lambda s0, s1, keep, columns=False: {
+    real = S.head_places
+    monkeypatch.setattr(S, 'head_places', lambda s0, s1, keep, columns=False: {
         k: (d, n, i.flip(0) if 'o_proj' in k and len(keep) < s0.n_heads else i) for k, (d, n, i) in real(s0, s1, keep, columns).items()})
     with pytest.raises(UnsupportedArchitecture, match='The model is as it was'): compact(model)
     assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact
@@ -411,11 +411,11 @@ def test_a_failure_half_way_is_undone(name, monkeypatch):
     "If a layer can't be shaped, those before it are as they were."
     from sentinel_ai import surgery
     model = masked(name, 1)
-    want, sd, calls, real = logits(model), state(model), [], surgery._wire
+    want, sd, calls, real = logits(model), state(model), [], surgery.wire_attention
     def fail(s0, s1, keep, *args):
         if s0.layer == 1 and not calls: calls.append(1); raise MemoryError('no room')
         return real(s0, s1, keep, *args)
-    monkeypatch.setattr(surgery, '_wire', fail)
+    monkeypatch.setattr(surgery, 'wire_attention', fail)
     with pytest.raises(MemoryError): compact(model)
     assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not model.sentinel.compact
     compact(model)
