@@ -44,7 +44,7 @@ def test_attached_changes_no_bit(name):
     assert torch.equal(logits(model), want) and torch.equal(greedy(model), tokens)
     assert not [k for k in model.state_dict() if 'factor' in k]
     agency.detach()
-    assert all(s.attn.sentinel.factor is None for s in model.sentinel.now) and model.sentinel.agency is None
+    assert all(s.attn.sentinel.factor is None for s in model.sentinel.now.heads) and model.sentinel.agency is None
     assert torch.equal(logits(model), want)
     assert type(unadapt(model)) is plain and model.state_dict().keys() == keys
 
@@ -95,7 +95,7 @@ def test_half_precision(name, dtype):
     agency.set_state((0, 1), 'overloaded', 'test')
     assert torch.equal(logits(model), logits(set_gates(adapt(build(name, dtype)), {(0, 1): .5})))
     model.float()
-    for s in model.sentinel.now: assert s.attn.sentinel.factor.dtype == s.attn.sentinel.gate.dtype
+    for s in model.sentinel.now.heads: assert s.attn.sentinel.factor.dtype == s.attn.sentinel.gate.dtype
     agency.sync()
     assert gate_values(model, effective=True)[0, 1] == .5
 
@@ -120,11 +120,11 @@ def test_part_of_the_heads_returns(name):
     agency.withdraw([(0, 0), (0, 2)], 'test')
     agency.set_state((0, 3), 'overloaded', 'test')
     compact(model)
-    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., .5]
+    assert model.sentinel.now.heads[0].attn.sentinel.factor.tolist() == [1., .5]
     reattach(model, [(0, 2)])
-    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., 0., .5]
+    assert model.sentinel.now.heads[0].attn.sentinel.factor.tolist() == [1., 0., .5]
     agency.grant([(0, 0), (0, 2)], 'test')
-    assert model.sentinel.now[0].attn.sentinel.factor.tolist() == [1., 1., .5]
+    assert model.sentinel.now.heads[0].attn.sentinel.factor.tolist() == [1., 1., .5]
 
 
 @pytest.mark.parametrize('mode', ['learned', 'hard_concrete'])
@@ -136,7 +136,7 @@ def test_gates_that_are_learned(mode):
     agency.withdraw((0, 1), 'test')
     torch.manual_seed(0)
     model.train()(IDS, labels=IDS).loss.backward()
-    s = model.sentinel.now[0].attn.sentinel
+    s = model.sentinel.now.heads[0].attn.sentinel
     g = (s.gate if mode == 'learned' else s.log_alpha).grad
     assert g[1] == 0 and (g[[0, 2, 3]] != 0).any()
     harden_gates(set_gates(model, 1.), sparsity=0.)
@@ -151,7 +151,7 @@ def test_bake_is_exact_out_of_range(mode):
     agency.attach(model)
     agency.set_state((0, 1), 'misaligned', 'test')
     if mode == 'learned':
-        with torch.no_grad(): model.sentinel.now[0].attn.sentinel.gate[1] = 1.3
+        with torch.no_grad(): model.sentinel.now.heads[0].attn.sentinel.gate[1] = 1.3
     want = logits(model)
     agency.bake()
     assert torch.equal(logits(model), want)

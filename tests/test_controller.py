@@ -24,7 +24,7 @@ SOME = ['gpt2', 'bloom', 'llama', 'falcon-new', 'gemma3_text', 'qwen3_next', 'de
 def test_driven(name):
     "Gates of 1 from outside change no bit; a table of gates does what the model's own gates do; gradients arrive."
     model = adapt(build(name))
-    hm, table, want = model.sentinel.now, quarter(model), logits(model)
+    hm, table, want = model.sentinel.now.heads, quarter(model), logits(model)
     with driven(model, torch.where(table.isnan(), table, 1.)): assert torch.equal(logits(model), want)
     g = table.clone().requires_grad_()
     with driven(model, g): soft = model(CALIB[:1, :12].to(model.device)).logits.to(g.device)

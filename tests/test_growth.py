@@ -50,14 +50,14 @@ def everything_works(m, path):
     want, tokens, sd = logits(m), greedy(m), state(m)
     close(logits(reload(m, path/'grown')), want, 1e-6)
     v = gate_values(m)
-    for s in m.sentinel.now: v[s.layer, [0, s.n_heads-1]] = 0
+    for s in m.sentinel.now.heads: v[s.layer, [0, s.n_heads-1]] = 0
     masked = logits(set_gates(m, v))
     plan = compact(m)
     close(logits(m), masked)
     small = reload(m, path/'small')
     close(logits(small), masked)
     assert small.sentinel.plan == plan == HeadPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    if plan.columns == []: assert m.sentinel.now.n_params == sum(p.numel() for n, p in m.named_parameters() if '.sentinel.' not in n)
+    if plan.columns == []: assert m.sentinel.now.heads.n_params == sum(p.numel() for n, p in m.named_parameters() if '.sentinel.' not in n)
     expand(small)
     expand(m)
     close(logits(small), masked)
@@ -79,7 +79,7 @@ def test_heads(name, init, tmp_path):
     assert grow(model, heads=1, init=init) is model
     if init == 'zero' and DEVICE == 'cpu': assert torch.equal(logits(model), want)
     else: close(logits(model), want, 1e-6)            # the kernel for another width may sum in another order
-    assert {s.layer: s.n_heads for s in model.sentinel.now} == {l: h + 1 for l, h in n.items()}
+    assert {s.layer: s.n_heads for s in model.sentinel.now.heads} == {l: h + 1 for l, h in n.items()}
     assert all(p is params[k] for k, p in model.named_parameters() if '.sentinel.' not in k)
     assert torch.equal(greedy(model), tokens)
     everything_works(model, tmp_path)
@@ -104,7 +104,7 @@ def test_layers(name, tmp_path):
     close(logits(back), want, 1e-6 if name == 'llama-eager' else 0)                    # it is loaded with SDPA
     assert torch.equal(greedy(back), tokens)
     adapt(model)
-    new = next((s for s in model.sentinel.now if s.layer == at[0] + 1), None)
+    new = next((s for s in model.sentinel.now.heads if s.layer == at[0] + 1), None)
     if new is not None:
         set_gates(model, {(new.layer, 0): 0.})
         compact(model)
@@ -119,7 +119,7 @@ def test_amounts(name, heads, tmp_path):
     model = build(name)
     want = logits(model)
     grow(model, heads=heads)
-    n = [s.n_heads for s in model.sentinel.now]
+    n = [s.n_heads for s in model.sentinel.now.heads]
     assert n == ([4, 7] if heads == [0, 3] else [4, 9] if isinstance(heads, dict) else [4 + heads]*2)
     close(logits(model), want, 1e-6)
     everything_works(model, tmp_path)
@@ -130,7 +130,7 @@ def test_again_and_on_a_compact_model(name, tmp_path):
     "Heads grow on a compact model, then again, then all returns in any order."
     model = adapt(build(name))
     sd = state(model)
-    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now})
+    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now.heads})
     masked = logits(model)
     compact(model)
     grow(model, heads=1, init='zero')
@@ -152,7 +152,7 @@ def test_again_and_on_a_compact_model(name, tmp_path):
 @pytest.mark.parametrize('name', SOME)
 def test_ungrow_leaves_a_compact_model_compact(name):
     model = adapt(build(name))
-    set_gates(model, {(s.layer, 2): 0. for s in model.sentinel.now})
+    set_gates(model, {(s.layer, 2): 0. for s in model.sentinel.now.heads})
     masked, sd = logits(model), state(model)
     compact(model)
     small, plan = state(model), copy.deepcopy(model.sentinel.plan)
@@ -181,7 +181,7 @@ def test_training(name, init):
     wider = [p for p in moments if p.shape != moments[p].shape]
     assert wider and all(opt.state[p]['exp_avg'].shape == p.shape for p in moments)
     assert all(abs(opt.state[p]['exp_avg'].double().sum() - moments[p].double().sum()) < 1e-4 for p in wider)
-    note, s = model.sentinel.grown[0], next(iter(model.sentinel.now))
+    note, s = model.sentinel.grown[0], next(iter(model.sentinel.now.heads))
     out = next(n for n in full if n.startswith(s.path) and n.endswith('.weight') and s.out_name in n)
     cols = lambda h: full_param(model, out).index_select(model.sentinel.stash[out]['dim'], torch.arange(h*s.head_dim, (h+1)*s.head_dim))
     before = cols(note['head']), cols(note['donor'])
@@ -224,7 +224,7 @@ def test_replay_on_meta(name):
 def test_measure_and_prune(name):
     model, texts = grow(build(name), heads=1), [IDS, IDS.roll(2, 1)]
     stats = measure(model, texts, what=('entropy', 'gradient', 'use'), progress=False)
-    assert stats.entropy.shape == (2, model.sentinel.now.shape[1]) and not stats.entropy[~gate_values(model).isnan()].isnan().any()
+    assert stats.entropy.shape == (2, model.sentinel.now.heads.shape[1]) and not stats.entropy[~gate_values(model).isnan()].isnan().any()
     plan = prune(model, .3, batches=texts, criterion='magnitude', progress=False)
     assert plan.removed > 0 and logits(model).isfinite().all()
 
@@ -239,7 +239,7 @@ def test_repair_is_taken_back_through_growth(name):
     grow(model, heads=1)
     close(logits(model), repaired)
     for name_, (old, new) in model.sentinel.repairs.changed.items(): assert torch.equal(new, full_param(model, name_))
-    for _, r in model.sentinel.repairs.predictors.items(): assert r['T'].shape[0] == 5*model.sentinel.now[0].head_dim
+    for _, r in model.sentinel.repairs.predictors.items(): assert r['T'].shape[0] == 5*model.sentinel.now.heads[0].head_dim
     ungrow(expand(model))
     close(logits(model), repaired)
     close(logits(unprune(model)), want)
@@ -276,7 +276,7 @@ def test_a_headless_layer_is_copied():
     compact(model)
     grow(model, layers=[0, 1])
     close(logits(model), want)
-    assert torch.equal(greedy(model), tokens) and [s is None for s in model.sentinel.now.sites] == [False, False, True, True]
+    assert torch.equal(greedy(model), tokens) and [s is None for s in model.sentinel.now.heads.sites] == [False, False, True, True]
     expand(model)
     close(logits(model), want)
 
@@ -328,13 +328,13 @@ def test_init_small(name, tmp_path):
     config = build(name).config
     model = init_small(config, keep=.25, seed=3)
     full = init_small(config, keep=1., seed=3)
-    assert all(s.n_heads == max(1, s0.n_heads//4) for s, s0 in zip(model.sentinel.now, full.sentinel.now))
+    assert all(s.n_heads == max(1, s0.n_heads//4) for s, s0 in zip(model.sentinel.now.heads, full.sentinel.now.heads))
     assert flops_per_token(model) < flops_per_token(full)
     close(logits(reload(model, tmp_path)), logits(model), 1e-6)
     assert same_state(state(init_small(config, seed=3)), state(model))
-    with pytest.raises(RuntimeError, match='blank=True'): reattach(model, [(next(iter(model.sentinel.now)).layer, 1)])
+    with pytest.raises(RuntimeError, match='blank=True'): reattach(model, [(next(iter(model.sentinel.now.heads)).layer, 1)])
     want = logits(model)
-    reattach(model, [(s.layer, 1) for s in model.sentinel.now], blank=True)
+    reattach(model, [(s.layer, 1) for s in model.sentinel.now.heads], blank=True)
     close(logits(model), want)
 
 
@@ -360,6 +360,6 @@ def test_flops(name):
 
 def test_sizes_from_a_name():
     model = init_small('gpt2', keep=.5, n_layer=1, n_head=4, n_embd=16, vocab_size=50)
-    assert [s.n_heads for s in model.sentinel.now] == [2] and model.config.n_embd == 16
+    assert [s.n_heads for s in model.sentinel.now.heads] == [2] and model.config.n_embd == 16
     assert init_small(random_config('llama'), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match='keep=0'): init_small('gpt2', keep=0)

@@ -149,7 +149,7 @@ def test_assisted_generation(name):
 def test_gradients_reach_every_gate(name):
     model = adapt(build(name), GateConfig('learned')).train()
     model(IDS, labels=IDS).loss.backward()
-    for s in model.sentinel.now:
+    for s in model.sentinel.now.heads:
         g = s.attn.sentinel.gate.grad
         assert g is not None and g.isfinite().all() and (g != 0).all(), f'layer {s.layer}: gradient {g}'
 
@@ -158,13 +158,13 @@ def test_gradients_reach_every_gate(name):
 def test_merge_and_back(name):
     model = adapt(build(name))
     table = quarter(model)
-    table[next(iter(model.sentinel.now)).layer, 0] = .37
+    table[next(iter(model.sentinel.now.heads)).layer, 0] = .37
     want = logits(set_gates(model, table))
-    weights = [core_linear(s.out).weight.clone() for s in model.sentinel.now]
+    weights = [core_linear(s.out).weight.clone() for s in model.sentinel.now.heads]
     torch.testing.assert_close(logits(merge_gates(model)), want, rtol=1e-4, atol=1e-4)
-    assert not any(s.out._forward_pre_hooks for s in model.sentinel.now)
+    assert not any(s.out._forward_pre_hooks for s in model.sentinel.now.heads)
     unmerge_gates(model)
-    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel.now, weights))
+    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel.now.heads, weights))
     assert torch.equal(logits(model), want)
 
 

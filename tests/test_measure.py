@@ -71,12 +71,12 @@ def test_kernels_agree(name):
 def test_gradients_are_those_of_the_gates(name):
     "Virtual gates give what autograd through real ones gives, closed heads included; weights get no gradient, the model stays as it was."
     model = adapt(build(name))
-    first = next(iter(model.sentinel.now))
+    first = next(iter(model.sentinel.now.heads))
     set_gates(model, {(first.layer, 0): 0., (first.layer, 1): .5})
     flags = [p.requires_grad for p in model.parameters()]
     stats = measure(model, TWO, what=('gradient', 'gram', 'joint'), progress=False)
     assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == flags
-    gates = {s.layer: s.attn.sentinel.gate for s in model.sentinel.now}
+    gates = {s.layer: s.attn.sentinel.gate for s in model.sentinel.now.heads}
     for g in gates.values(): g.requires_grad_(True)
     total = {l: torch.zeros_like(g) for l, g in gates.items()}
     for row in TWO:
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_gates(name):
         grads = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, row[1:]), list(gates.values()))
         for l, g in zip(gates, grads): total[l] += g.square()/2
     for l, t in total.items(): torch.testing.assert_close(stats.fisher[l, :len(t)], t.cpu(), rtol=2e-3, atol=1e-9)
-    assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel.now.n_heads for k in stats.tables)
+    assert stats.pairs.isfinite().all() and all(stats[k].isfinite().sum() == model.sentinel.now.heads.n_heads for k in stats.tables)
 
 
 @pytest.mark.parametrize('name', SEED + ['mistral', 'gemma2', 'falcon', 'mpt', 'gpt_oss', 'qwen3_next', 'gpt_neo', 'gpt_bigcode'])
@@ -111,7 +111,7 @@ def test_measuring_changes_nothing(name):
 def test_compact_models_are_measured_like_masked_ones(name):
     "Heads that are left attend as they did, also where their groups are uneven; a layer without heads has no row."
     model = adapt(build(name))
-    set_gates(model, {(0, 1): 0., **{(1, h): 0. for h in range(model.sentinel.now[1].n_heads)}})
+    set_gates(model, {(0, 1): 0., **{(1, h): 0. for h in range(model.sentinel.now.heads[1].n_heads)}})
     masked = measure(model, TWO, progress=False)
     plan = compact(model)
     small = measure(model, TWO, progress=False)
@@ -141,6 +141,6 @@ def test_data_sets_count_with_mask_and_labels():
 def test_a_batch_that_gives_nothing_is_named(name):
     model, nothing = build(name), dict(input_ids=TWO, labels=torch.full_like(TWO, -100))
     with pytest.raises(ValueError, match='batch 1: no token counts'): measure(model, [TWO, nothing], progress=False)
-    with torch.no_grad(): next(iter(adapt(model).sentinel.now)).out.weight[0, 0] = float('inf')
+    with torch.no_grad(): next(iter(adapt(model).sentinel.now.heads)).out.weight[0, 0] = float('inf')
     with pytest.raises(ValueError, match='batch 0: the loss is'): measure(model, TWO, progress=False)
     with pytest.raises(ValueError, match='batch 0: the input of .* holds NaN or infinity'): measure(model, TWO, 'use', progress=False)

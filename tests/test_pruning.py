@@ -82,7 +82,7 @@ def test_budgets_are_met(name, unit):
     hm_all = sum(p.numel() for p in model.parameters())
     total = {'params': hm_all, 'kv_bytes': None, 'flops': None}[unit]
     prune(model, 0, CALIB, progress=False)
-    hm = model.sentinel.now
+    hm = model.sentinel.now.heads
     if unit == 'kv_bytes': total = total_cost(hm, 'kv_bytes')
     if unit == 'flops': total = 2*hm.n_params + sum(4*s.head_dim*s.n_heads*512 for s in hm)
     budget = total - total_cost(hm, unit)/2
@@ -90,8 +90,8 @@ def test_budgets_are_met(name, unit):
     compact(model)
     size = sum(p.numel() for n, p in model.named_parameters() if 'sentinel' not in n)
     left = {'params': lambda: size,
-            'kv_bytes': lambda: total_cost(model.sentinel.now, 'kv_bytes'),
-            'flops': lambda: 2*size + sum(4*s.head_dim*s.n_heads*512 for s in model.sentinel.now)}[unit]()
+            'kv_bytes': lambda: total_cost(model.sentinel.now.heads, 'kv_bytes'),
+            'flops': lambda: 2*size + sum(4*s.head_dim*s.n_heads*512 for s in model.sentinel.now.heads)}[unit]()
     assert left <= budget, f'{left} of {budget}'
 
 
@@ -142,7 +142,7 @@ def test_weights_that_are_no_floats_in_memory_are_refused(spoil, says):
     from sentinel_ai.pruning import close_heads
     from sentinel_ai.regrow import regrow
     model = set_gates(adapt(build('llama')), {(0, 0): 0., (1, 1): 0.})
-    spoil(model.sentinel.now[1].out)
+    spoil(model.sentinel.now.heads[1].out)
     sd = {k: v.clone() for k, v in model.state_dict().items()}
     for do in (lambda: prune(model, .5, CALIB, progress=False), lambda: measure(model, CALIB, 'use', progress=False), lambda: merge_gates(model),
                lambda: close_heads(model, [(1, 0)], CALIB), lambda: regrow(model, [(0, 0)]), lambda: grow(model, heads=1),

@@ -137,7 +137,7 @@ def test_after_training(name, removed):
     near(logits(model), was)
     while way.step(): train(model.train(), 1, opt)
     assert not model.eval().sentinel.repairs.predictors and logits(model).shape == full.shape
-    site = model.sentinel.now[gone[0][0]]
+    site = model.sentinel.now.heads[gone[0][0]]
     assert memory[gone[0]].states() and site.n_heads
 
 
@@ -231,8 +231,8 @@ def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
     memory = HeadMemory().attach(add_skips(model, rank=4))
     assert torch.equal(logits(model), plain), 'attached parts change nothing'
     prune(model, .3, CALIB, rounds=1, progress=False)
-    layer = next(iter(model.sentinel.now)).layer
-    head = next(h for h in range(model.sentinel.now[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel.now[layer].n_heads - 1)
+    layer = next(iter(model.sentinel.now.heads)).layer
+    head = next(h for h in range(model.sentinel.now.heads[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel.now.heads[layer].n_heads - 1)
     agency.set_state([(layer, head)], HeadState.OVERLOADED, 'test')
     compact(model)
     if len(model.sentinel_skips.paths): set_skip_gates(model, .3)

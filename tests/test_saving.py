@@ -240,7 +240,7 @@ def test_training_while_merged(how):
         m(input_ids=IDS, labels=IDS).loss.backward()
         opt.step(); opt.zero_grad()
     want = logits(m)
-    assert m.sentinel.now[0].out.weight[:, m.sentinel.now[0].cols(1)].abs().max() == 0
+    assert m.sentinel.now.heads[0].out.weight[:, m.sentinel.now.heads[0].cols(1)].abs().max() == 0
     assert not torch.allclose(first, want)
     assert torch.allclose(logits(unmerge_gates(m)), want, atol=1e-4)
 
@@ -252,7 +252,7 @@ def test_learned_gates_on_a_compact_model(mode, tmp_path):
     m = masked((0, 1))
     compact(m)
     adapt(m, GateConfig(mode, sparsity=.3))
-    with torch.no_grad(): m.sentinel.now[0].attn.sentinel.gate[1] = .25
+    with torch.no_grad(): m.sentinel.now.heads[0].attn.sentinel.gate[1] = .25
     m.save_pretrained(tmp_path/'m')
     save_checkpoint(tmp_path/'c', m, step=1)
     whole, fresh = AutoModelForCausalLM.from_pretrained(tmp_path/'m'), adapt(random_model('llama', seed=4))

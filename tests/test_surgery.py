@@ -47,7 +47,7 @@ def masked(name, seed=0, empty=None, dtype=torch.float32):
 def lopsided(name):
     "Close one head of the first group in each layer, so that the groups differ in size."
     model = adapt(build(name))
-    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now})
+    set_gates(model, {(s.layer, 1): 0. for s in model.sentinel.now.heads})
     return model
 
 
@@ -83,7 +83,7 @@ def test_compact_equals_masked_and_back(name, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)
-    cost, n = {s.layer: head_cost(s) for s in model.sentinel.now}, n_params(model)
+    cost, n = {s.layer: head_cost(s) for s in model.sentinel.now.heads}, n_params(model)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         plan = compact(model)
@@ -115,7 +115,7 @@ def cache_bytes(model):
 @pytest.mark.parametrize('name', ['gpt2', 'bloom', 'gpt_neox', 'llama', 'falcon-new', 'mpt', 'phi3', 'olmo2', 'gpt_bigcode'])
 def test_the_cache_shrinks(name):
     model = masked(name, 2, 0)
-    full, cost = cache_bytes(model), {s.layer: head_cost(s, 'kv_bytes') for s in model.sentinel.now}
+    full, cost = cache_bytes(model), {s.layer: head_cost(s, 'kv_bytes') for s in model.sentinel.now.heads}
     plan = compact(model)
     now = cache_bytes(model)
     for l, (a, b) in cost.items():
@@ -149,7 +149,7 @@ def test_again(name):
     sd, first = state(model), HeadPlan.from_gates(model)
     compact(model)
     v = gate_values(model)
-    s = next(s for s in model.sentinel.now if s.n_heads > 1)
+    s = next(s for s in model.sentinel.now.heads if s.n_heads > 1)
     v[s.layer, 0] = 0
     if s.n_heads > 2: v[s.layer, 1] = .5
     set_gates(model, v)
@@ -217,9 +217,9 @@ def test_deepcopy_and_pickle(name):
     want = logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), want) and twin.sentinel.plan == model.sentinel.plan
-        with torch.no_grad(): next(iter(twin.sentinel.now)).attn.sentinel.gate.mul_(.5)
+        with torch.no_grad(): next(iter(twin.sentinel.now.heads)).attn.sentinel.gate.mul_(.5)
         assert torch.equal(logits(model), want) and not torch.equal(logits(twin), want), 'a copy shares something with the original'
-        with torch.no_grad(): next(iter(twin.sentinel.now)).attn.sentinel.gate.div_(.5)
+        with torch.no_grad(): next(iter(twin.sentinel.now.heads)).attn.sentinel.gate.div_(.5)
         assert same_state(state(expand(twin)), sd)
     assert torch.equal(logits(model), want)
 
@@ -242,7 +242,7 @@ def test_replay_on_meta(name):
     twin.sentinel.stash = copy.deepcopy(model.sentinel.stash)      # if what left was saved as well, it can come back
     assert same_state(state(expand(twin)), sd)
     v = gate_values(real)
-    s = next(s for s in real.sentinel.now if s.n_heads > 1) if any(s.n_heads > 1 for s in real.sentinel.now) else None
+    s = next(s for s in real.sentinel.now.heads if s.n_heads > 1) if any(s.n_heads > 1 for s in real.sentinel.now.heads) else None
     if s is not None:
         v[s.layer, 0] = 0
         want = logits(set_gates(real, v))
@@ -255,7 +255,7 @@ def test_replay_on_meta(name):
 def test_export(name, empty):
     model = lopsided(name) if empty is None else masked(name, 1, empty)
     compact(model)
-    if name == 'llama' and empty is None: assert model.sentinel.now[0].kv == (0, 1, 1)
+    if name == 'llama' and empty is None: assert model.sentinel.now.heads[0].kv == (0, 1, 1)
     program = torch.export.export(model, (IDS,), dict(use_cache=False), strict=False)
     close(program.module()(IDS, use_cache=False).logits, logits(model, use_cache=False))
 
@@ -266,7 +266,7 @@ def test_attention_implementations(name):
     model = lopsided(name)
     want = logits(model)
     compact(model)
-    assert model.sentinel.now[0].kv == (0, 1, 1)
+    assert model.sentinel.now.heads[0].kv == (0, 1, 1)
     for impl in ('eager', 'sdpa') if name in ('llama', 'mistral') else ('eager',):
         model.set_attn_implementation(impl)
         close(logits(model), want)
@@ -288,7 +288,7 @@ def test_uneven_groups(name):
     ids, kw = padded()
     want, tokens = logits(model), greedy(model, ids, **kw)
     compact(model)
-    assert next(iter(model.sentinel.now)).kv == (0, 1, 1)
+    assert next(iter(model.sentinel.now.heads)).kv == (0, 1, 1)
     close(logits(model), want)
     assert torch.equal(greedy(model, ids, **kw), tokens)
 
@@ -297,7 +297,7 @@ def test_uneven_groups(name):
 def test_gates_work_on_a_compact_model(name):
     model = masked(name, 1, 0)
     compact(model)
-    hm = model.sentinel.now
+    hm = model.sentinel.now.heads
     assert head_map(model) is hm and gate_values(model).shape == hm.shape
     want = logits(model)
     t = hm.table()

@@ -325,7 +325,7 @@ def test_half_the_update_of_one_head(name):
     before, (whole, _), (half, _) = adapt(random_model(name)), stepped(name), stepped(name, {(1, 1): .5, (0, 3): 0.})
     touched = {}
     for (l, h), f in {(1, 1): .5, (0, 3): 0.}.items():
-        s = half.sentinel.now[l]
+        s = half.sentinel.now.heads[l]
         for n, dim, idx, part in head_slices(s, h):
             if part in 'kv' and s.n_kv_heads < s.n_heads: continue        # shared with heads of factor 1
             touched.setdefault(f'{s.path}.{n}', []).append((dim, idx, f))

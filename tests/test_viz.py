@@ -83,13 +83,13 @@ def test_maps_hold_the_entropy_that_is_measured(arch):
     "Rows sum to one (with a sink to less), nothing looks ahead, and a table's entropy is that of `measure`; compact as masked."
     m, ids = adapt(random_model(arch)), torch.randint(5, 90, (1, 12), generator=torch.Generator().manual_seed(0))
     maps, exact = attention_maps(m, ids), measure(m, ids, 'entropy', progress=False).entropy
-    assert len(maps) == m.sentinel.now.n_heads
+    assert len(maps) == m.sentinel.now.heads.n_heads
     for k, p in maps.items():
         assert p.shape == (12, 12) and not p.triu(1).any()
         if arch == 'gpt_oss': assert (p.sum(-1) < 1).all(); continue
         torch.testing.assert_close(p.sum(-1), torch.ones(12), atol=1e-5, rtol=0)
         torch.testing.assert_close(-(p*p.clamp_min(1e-30).log()).sum(-1).mean(), exact[k], atol=1e-4, rtol=0)
-    site = next(iter(m.sentinel.now))
+    site = next(iter(m.sentinel.now.heads))
     set_gates(m, {(site.layer, 0): 0.})
     c = copy.deepcopy(m)
     compact(c)
@@ -121,7 +121,7 @@ def test_main_types_have_a_rich_display():
     model = adapt(random_model('llama'))
     cycle.cycle.step(model, torch.optim.SGD(model.parameters(), lr=.1), 1)
     end = dict(loss=1., perplexity=2.7, open=8, heads=8)
-    for x in (HeadPlan.from_gates(m), m.sentinel.now, memory, agency, regrow(m, [(0, 1)], warmup=4), GateConfig(), GateRun(), cycle, cycle.cycle,
+    for x in (HeadPlan.from_gates(m), m.sentinel.now.heads, memory, agency, regrow(m, [(0, 1)], warmup=4), GateConfig(), GateRun(), cycle, cycle.cycle,
               TrainResult(m, end, end, end, [], [], torch.ones(1, 2, 4), 1.)):
         head, rule, row, *_ = x._repr_markdown_().splitlines()
         assert head.count('|') == rule.count('|') == row.count('|') > 2, type(x).__name__
