@@ -21,8 +21,8 @@ def unit_cost(
     unit:str, # 'heads', 'params', 'kv_bytes' or 'flops'
     context:int=512, # Tokens attended to on average, for 'flops'
 ) -> tuple: # Cost of a query head, cost of a KV head
-    "What goes with a query head, and with the last one of a group; FLOPs are per token, two for each multiplication."
-    if unit != 'flops': return head_cost(site, unit)
+    "What goes with a query head, and with the last one of a group. FLOPs are per token."
+    if unit != 'flops': return head_cost(site, unit)       # FLOPs: two a multiplication
     query, group = head_cost(site, 'params')
     return 2*query + 4*site.head_dim*context, 2*group
 
@@ -50,6 +50,7 @@ def closing_saves(
     gone = sum(bool(after[group == g].all()) for g in group[new].unique())
     return cost[0]*len(new) + cost[1]*gone
 
+# %% ../nbs/02b_choose.ipynb #c0081
 def saved_cost(
     hm:HeadMap, # The model's heads
     closed:Bool[Tensor, 'l h'], # Those that are closed
@@ -81,7 +82,7 @@ def lowest(
     share:float, # Share to close, 0 to 1
     unit:str='heads', # 'heads', 'params' or 'kv_bytes'
 ) -> Bool[Tensor, 'l h']: # True for the heads to close
-    "The heads with the lowest scores that make up `share`, to the nearest one. For KV bytes whole groups, by their best head."
+    "The heads with the lowest scores that make up `share`, to the nearest one. For KV bytes whole groups."
     cost, scores = {s.layer: head_cost(s, unit) for s in hm}, scores.clone()
     if unit == 'kv_bytes':
         for s in hm: scores[s.layer, :s.n_heads] = _by_group(scores[s.layer, :s.n_heads], s, 'amax')
@@ -108,10 +109,12 @@ def head_items(
     "What may close in one step: single heads, or whole groups."
     if not whole: return [(s.layer, [h]) for s in hm for h in range(s.n_heads)]
     groups = lambda s: dict.fromkeys(s.kv_of.tolist())
-    return [(s.layer, (s.kv_of == g).nonzero().flatten().tolist()) for s in hm for g in groups(s)]
+    heads = lambda s, g: (s.kv_of == g).nonzero().flatten().tolist()
+    return [(s.layer, heads(s, g)) for s in hm for g in groups(s)]
 
+# %% ../nbs/02b_choose.ipynb #c0084
 def _item_prices(items, closed, scores, pairs):
-    "What each item adds alone `[i]`, and what each two add besides when both close `[i, i]`, None without pairs."
+    "What each item adds alone `[i]`, and what each two add besides `[i, i]`, None without pairs."
     A = torch.zeros(len(items), closed.numel(), dtype=torch.float64)
     for i, (l, heads) in enumerate(items):
         A[i, [l*closed.shape[1] + h for h in heads if not closed[l, h]]] = 1
@@ -132,7 +135,7 @@ def choose(
     whole:bool=False, # Close whole KV groups
     context:int=512, # For 'flops'
 ) -> Bool[Tensor, 'l h']: # All that is closed then, the old ones included
-    "Close heads greedily until `goal` is met: to the nearest head for heads, at least `goal` for other units."
+    "Close heads greedily until `goal` is met: to the nearest for heads, at least `goal` for other units."
     items = [(l, hs) for l, hs in head_items(hm, whole or unit == 'kv_bytes') if not closed[l, hs].all()]
     price, F = _item_prices(items, closed, scores, pairs)
     cost = {s.layer: unit_cost(s, unit, context) for s in hm}
@@ -155,6 +158,22 @@ def choose(
             if items[j][0] == l: step[j] = saves(*items[j])
     return closed
 
+# %% ../nbs/02b_choose.ipynb #c0086
+def _take_one(site, shut, fixed, price, F, wanted, whole):
+    "Close the cheapest head (or group) that keeps the layer even."
+    group = site.kv_of
+    of_group = lambda per_head: torch.stack([per_head[group == g].sum() for g in group])
+    if whole: free = ~shut & ~fixed & (of_group(fixed) == 0)
+    else: free = ~shut & ~fixed & (of_group(shut) < wanted//site.n_kv_heads)
+    if not free.any(): raise ValueError(
+        f'layer {site.layer}: protected heads leave no even choice of {wanted} heads; '
+        'protect fewer, or use scope="global"')
+    value = of_group(price) if whole else price
+    h = int(torch.where(free, value, math.inf).argmin())
+    new = group == group[h] if whole else torch.arange(len(group)) == h
+    shut |= new
+    if F is not None: price += F[:, new].sum(1)
+
 # %% ../nbs/02b_choose.ipynb #c0032
 def choose_evenly(
     hm:HeadMap, # The model's heads
@@ -166,11 +185,11 @@ def choose_evenly(
     protect=None, # Heads that must stay
     whole:bool=False, # Close whole KV groups
 ) -> Bool[Tensor, 'l h']: # All that is closed then
-    "Close the same number of heads in every layer (to the nearest that keeps groups even), each layer its cheapest."
+    "Close as many heads in every layer (the nearest number that keeps groups even), each layer its cheapest."
     res = closed.clone()
     for s in hm:
         row, n = (s.layer, slice(s.n_heads)), s.n_heads
-        by_groups = whole or n == s.n_kv_heads                   # heads with keys of their own are groups of one
+        by_groups = whole or n == s.n_kv_heads           # heads with keys of their own are groups of one
         unit = int((s.kv_of == s.kv_of[0]).sum()) if by_groups else s.n_kv_heads
         wanted = min(round(share*n/unit), (n - min_heads)//unit)*unit
         F = None if pairs is None else pairs.view(*hm.shape, *hm.shape)[(*row, *row)].double()
@@ -179,36 +198,21 @@ def choose_evenly(
         while int(res[row].sum()) < wanted: _take_one(s, res[row], fixed, price, F, wanted, by_groups)
     return res
 
-def _take_one(site, shut, fixed, price, F, wanted, whole):
-    "Close the cheapest head (or group) that keeps the layer even."
-    group = site.kv_of
-    of_group = lambda per_head: torch.stack([per_head[group == g].sum() for g in group])
-    if whole: free = ~shut & ~fixed & (of_group(fixed) == 0)
-    else: free = ~shut & ~fixed & (of_group(shut) < wanted//site.n_kv_heads)
-    if not free.any(): raise ValueError(f'layer {site.layer}: protected heads leave no even choice of {wanted} heads; '
-                                        'protect fewer, or use scope="global"')
-    value = of_group(price) if whole else price
-    h = int(torch.where(free, value, math.inf).argmin())
-    new = group == group[h] if whole else torch.arange(len(group)) == h
-    shut |= new
-    if F is not None: price += F[:, new].sum(1)
-
 # %% ../nbs/02b_choose.ipynb #c0036
 @dataclass
 class Units:
-    "One kind of unit, as tables `[layer, unit]`: what there is, what closing it saves and what it does to the loss."
+    "One kind of unit, as tables `[layer, unit]`: what there is, what closing it saves and does to the loss."
     kind: str                             # 'heads' or 'channels', for messages
     exists: Bool[Tensor, 'l u']           # False in the padding of shorter layers
     closed: Bool[Tensor, 'l u']           # Closed already
-    cost: Float[Tensor, 'l u']            # Of a unit, in the budget's unit; `[l]` where a layer's units cost the same
-    vectors: Float[Tensor, 'n l u']|None = None # What closing each does to the loss of n windows; may be of 16 bits
+    cost: Float[Tensor, 'l u']            # Of a unit, in the budget's unit; `[l]` if all in a layer are alike
+    vectors: Float[Tensor, 'n l u']|None = None # What closing does to the loss of n windows; or 16 bits
     worth: Float[Tensor, 'l u']|None = None # A score instead of vectors, higher is worth more
     group: Int[Tensor, 'l u']|None = None # KV head of each head
     group_cost: Float[Tensor, ' l']|float = 0. # What the last unit of a group saves besides
     whole: bool = False                   # Groups close whole; for budgets that single heads save nothing of
     multiple: int = 1                     # Units that a layer keeps come in multiples of it
     least: int = 0                        # Units that stay in each layer
-    block: int = 1                        # Units of a layer that close between two looks at its prices
     protect: Bool[Tensor, 'l u']|None = None # Units that stay
 
     def __post_init__(self):
@@ -227,16 +231,18 @@ def _need(ok, what, allowed):
 
 def _check_units(u):
     "Raise unless the tables fit each other and the numbers are in range."
-    shape, name = tuple(u.exists.shape), lambda field: f'Units({u.kind!r}, {field}={getattr(u, field)!r})'
-    _need(u.vectors is not None or u.worth is not None, f'Units({u.kind!r}) without vectors and worth', 'one of them')
+    shape = tuple(u.exists.shape)
+    has_price = u.vectors is not None or u.worth is not None
+    _need(has_price, f'Units({u.kind!r}) without vectors and worth', 'one of them')
     for field in ('closed', 'worth', 'group', 'protect', 'vectors'):
         table = getattr(u, field)
         if table is None: continue
         got = tuple(table.shape[1:] if field == 'vectors' else table.shape)
-        _need(got == shape, f'Units({u.kind!r}): {field} of shape {tuple(table.shape)}', f'(…, layers, units) = {shape}')
-    for field in ('multiple', 'block'): _need(getattr(u, field) >= 1, name(field), '1 or more')
+        what = f'Units({u.kind!r}): {field} of shape {tuple(table.shape)}'
+        _need(got == shape, what, f'(…, layers, units) = {shape}')
+    _need(u.multiple >= 1, f'Units({u.kind!r}, multiple={u.multiple!r})', '1 or more')
     _need(int(u.least.min()) >= 0, f'Units({u.kind!r}, least={u.least.tolist()})', '0 or more')
-    if u.group is not None: _need(u.multiple == u.block == 1, f'{name("multiple")} with groups', 'multiple=1, block=1')
+    _need(u.group is None or u.multiple == 1, f'Units({u.kind!r}, multiple={u.multiple!r}) with groups', '1')
 
 # %% ../nbs/02b_choose.ipynb #c0041
 def _count(table, group):
@@ -255,6 +261,7 @@ def closed_cost(
     had = _count(units.exists, units.group) > 0
     return saved + float((units.group_cost[:, None]*(shut & had)).sum())
 
+# %% ../nbs/02b_choose.ipynb #c0093
 def by_group(
     units:Units, # Heads with groups
 ) -> Units: # As many units in a layer as there are groups
@@ -263,109 +270,79 @@ def by_group(
     of = torch.nn.functional.one_hot(units.group, groups).bool() & units.exists[..., None]     # l u g
     now = of & ~units.closed[..., None]
     add = lambda table: (table.nan_to_num().double()[..., None]*now).sum(1)
-    size = torch.where(now.any(1), now.sum(1), units.exists.shape[1]).amin(1).clamp_min(1)     # of the smallest group
-    vectors = units.vectors
-    if vectors is not None: vectors = torch.einsum('nlu,lug->nlg', vectors.nan_to_num().double(), now.double())
-    return replace(units, exists=of.any(1), closed=of.any(1) & ~now.any(1), cost=add(units.cost) + units.group_cost[:, None],
-                   vectors=vectors, worth=None if units.worth is None else add(units.worth), group=None, group_cost=0.,
-                   whole=False, protect=(now & units.protect[..., None]).any(1), least=-(-units.least//size))
+    size = torch.where(now.any(1), now.sum(1), units.exists.shape[1]).amin(1)     # of the smallest group
+    vectors, worth = units.vectors, units.worth
+    if vectors is not None:
+        vectors = torch.einsum('nlu,lug->nlg', vectors.nan_to_num().double(), now.double())
+    alone = dict(group=None, group_cost=0., whole=False)
+    cost, least = add(units.cost) + units.group_cost[:, None], -(-units.least//size.clamp_min(1))
+    return replace(units, exists=of.any(1), closed=of.any(1) & ~now.any(1), cost=cost, least=least,
+                   vectors=vectors, worth=None if worth is None else add(worth),
+                   protect=(now & units.protect[..., None]).any(1), **alone)
 
 # %% ../nbs/02b_choose.ipynb #c0044
 class _Pool:
-    "One kind while a choice is made: what is open, what each unit would add to the loss, what each layer offers."
+    "One kind while a choice is made: what is open, and what each open unit would add to the loss."
     def __init__(self, units, examples):
         self.units, self.examples = units, examples
         self.open = units.exists & ~units.closed
+        self.before = self.open.sum(1)                                 # l
+        self.stay = torch.maximum(units.least, (self.open & units.protect).sum(1))
         self.alone = _price_alone(units, examples)                     # l u
         self.price = self.alone.clone()                                # l u, given what is closed
-        self.offer = torch.full((len(self.open),), math.inf, dtype=torch.float64)
-        stay = torch.maximum(units.least, (self.open & units.protect).sum(1))
-        self.floor = -(-stay//units.multiple)*units.multiple           # l, units that each layer keeps
-        self.is_small = self.open.numel() <= 4096
 
-def _windows(vectors, layer):
-    "A layer's vectors `[n, u]`, in 32 bits at least."
-    v = vectors[:, layer]
+# %% ../nbs/02b_choose.ipynb #c0095
+def _windows(vectors, *at):
+    "A part of the vectors, windows first, in 32 bits at least."
+    v = vectors[(slice(None), *at)]
     return v if v.dtype in (torch.float32, torch.float64) else v.float()
 
 def _price_alone(units, examples):
     "What closing each unit adds when nothing else is closed."
-    if units.vectors is None: price = units.worth.detach().cpu().double()
+    if units.vectors is None: price = units.worth.detach().cpu().double().clone()
     else:
-        rows = [_windows(units.vectors, l).square().sum(0, dtype=torch.float64) for l in range(len(units.exists))]
+        length = lambda l: _windows(units.vectors, l).square().sum(0, dtype=torch.float64)
+        rows = [length(l) for l in range(len(units.exists))]
         price = torch.stack(rows).cpu()/(2*examples)
     lost = (units.exists & ~units.closed & ~price.isfinite()).nonzero().tolist()
-    _need(not lost, f'{units.kind}: layer and unit {lost[:1]} without a finite price', 'a number for every open unit')
-    return price.clone()
+    what = f'{units.kind}: layer and unit {lost[:1]} without a finite price'
+    _need(not lost, what, 'a number for every open unit')
+    return price
 
 # %% ../nbs/02b_choose.ipynb #c0045
 @patch
-def cost_now(self:_Pool, rows):
-    "What closing each unit of these layers saves: the last of a group takes the group's cost along."
-    u = self.units
-    if u.group is None: return u.cost[rows]
-    is_last = _count(self.open[rows], u.group[rows]).gather(1, u.group[rows]) == 1
-    return u.cost[rows] + u.group_cost[rows][:, None]*is_last
-
-@patch
-def order(self:_Pool, rows):
-    "The units of these layers, the cheapest for what it saves first."
-    cost = self.cost_now(rows)
-    is_free = self.open[rows] & ~self.units.protect[rows] & (cost > 0)
-    return torch.where(is_free, self.price[rows]/cost, math.inf).sort(dim=1, stable=True).indices
-
-@patch
-def offered(self:_Pool, rows):
-    "How many units each of these layers would close next."
-    m, n = self.units.multiple, self.open[rows].sum(1)
-    at_once = -(-self.units.block//m)*m
-    kept = -(-(n - at_once)//m)*m                                      # rounded up to a multiple
-    return (n - torch.maximum(kept, self.floor[rows])).clamp_min(0)
-
-# %% ../nbs/02b_choose.ipynb #c0049
-@patch
 def look(self:_Pool, total, rows=None):
     "Price the units of these layers (None: all) against the sum of what is closed."
-    rows = list(range(len(self.open))) if rows is None else rows
-    for l in rows if self.units.vectors is not None else ():
+    if self.units.vectors is None: return
+    for l in range(len(self.open)) if rows is None else rows:
         v = _windows(self.units.vectors, l)
         self.price[l] = self.alone[l] + (total.to(v) @ v).cpu()/self.examples
-    order, count = self.order(rows), self.offered(rows)
-    taken = torch.arange(order.shape[1]) < count[:, None]
-    add = lambda table: torch.where(taken, table.gather(1, order), 0.).sum(1)
-    price, saves = add(self.price[rows]), add(self.cost_now(rows))
-    self.offer[rows] = torch.where(saves > 0, price/saves, math.inf)
 
 @patch
-def fit(self:_Pool, layer, need, nearest):
-    "How many of the offered units meet what the goal still needs: all of them if they don't."
-    m, n, most = self.units.multiple, int(self.open[layer].sum()), int(self.offered([layer]))
-    chosen = self.order([layer])[0, :most]
-    first = (n - 1) % m + 1                                            # what makes the rest a multiple
-    saves = self.cost_now([layer])[0, chosen].cumsum(0)[first-1::m]
-    if nearest: need = need - float(saves[0])/2
-    if nearest and need < 0: return 0
-    return min(most, first + m*int((saves < need - 1e-6).sum()))
+def cost_now(self:_Pool):
+    "What closing each unit saves: the last of a group takes the group's cost along."
+    u = self.units
+    if u.group is None: return u.cost
+    is_last = _count(self.open, u.group).gather(1, u.group) == 1
+    return u.cost + u.group_cost[:, None]*is_last
 
 @patch
-def close(self:_Pool, layer, count, total):
-    "Close the cheapest units of a layer, a block at a time; the running sum moves along. What they save."
-    saved = 0.
-    while count > 0:
-        chosen = self.order([layer])[0, :min(count, self.units.block)]
-        saved += float(self.cost_now([layer])[0, chosen].sum())
-        self.open[layer, chosen] = False
-        if self.units.vectors is not None: total += _windows(self.units.vectors, layer)[:, chosen].double().sum(1).cpu()
-        self.look(total, [layer])
-        count -= len(chosen)
-    return saved
+def values(self:_Pool):
+    "Price for each cost saved; infinite for what stays."
+    cost, has_room = self.cost_now(), self.open.sum(1) > self.stay
+    is_free = self.open & ~self.units.protect & has_room[:, None] & (cost > 0)
+    return torch.where(is_free, self.price/cost, math.inf)
 
-# %% ../nbs/02b_choose.ipynb #c0052
-def _cheapest(pools):
-    "The pool and the layer with the best offer; ties go to the first. None when nothing is offered."
-    offers = [(price, k, l) for k, pool in enumerate(pools) for l, price in enumerate(pool.offer.tolist())]
-    price, k, l = min(offers)
-    return (None, None) if price == math.inf else (pools[k], l)
+# %% ../nbs/02b_choose.ipynb #c0096
+def _side_by_side(parts):
+    "The vectors of the shortlist; 0 for kinds that have none."
+    n = len(_running_sum([pool for pool, _, _ in parts]))
+    def columns(pool, l, u):
+        if pool.units.vectors is None: return torch.zeros(n, len(u))
+        return _windows(pool.units.vectors, l, u).cpu()
+    have = [columns(*part) for part in parts]
+    widest = torch.float64 if any(h.dtype == torch.float64 for h in have) else torch.float32
+    return torch.cat([h.to(widest) for h in have], 1)
 
 def _running_sum(pools):
     "0 for each window."
@@ -373,67 +350,211 @@ def _running_sum(pools):
     _need(len(sizes) <= 1, f'vectors over {sorted(sizes)} windows', 'the same windows for all kinds')
     return torch.zeros(max(sizes, default=0), dtype=torch.float64)
 
-def _search(pools, start, goal, step=0., nearest=False):
-    "Take the best offer until the goal is met or nothing is offered. What is saved then."
-    saved = looked = start
-    total = _running_sum(pools)
-    for pool in pools: pool.look(total)
+# %% ../nbs/02b_choose.ipynb #c0049
+class _Shortlist:
+    "The cheapest units of all kinds, with the table of pairs that keeps their prices exact."
+    def __init__(self, pools, values, size):
+        flat = torch.cat([v.flatten() for v in values])
+        order = flat.sort(stable=True).indices
+        best = order[:size][flat[order[:size]].isfinite()].sort().values
+        self.limit = float(flat[order[size]]) if len(order) > size else math.inf
+        self.most = len(best) if self.limit == math.inf else max(1, size//8)
+        self.pools, self.where, parts, start = pools, [], [], 0
+        for k, v in enumerate(values):
+            at = best[(best >= start) & (best < start + v.numel())] - start
+            layer, unit = at//v.shape[1], at % v.shape[1]
+            self.where += [(k, l, u) for l, u in zip(layer.tolist(), unit.tolist())]
+            parts.append((pools[k], layer, unit))
+            start += v.numel()
+        self.price = torch.cat([p.price[l, u] for p, l, u in parts])
+        self.cost = torch.cat([p.cost_now()[l, u] for p, l, u in parts])
+        self.layer = torch.tensor([k*10**6 + l for k, l, _ in self.where])    # a number for each layer
+        self.free = torch.ones(len(best), dtype=torch.bool)
+        self.vectors = _side_by_side(parts)                            # n i
+        self.pairs = (self.vectors.T @ self.vectors).double()/pools[0].examples
+
+# %% ../nbs/02b_choose.ipynb #c0050
+@patch
+def cheapest(self:_Shortlist):
+    "Number and value of the best unit on the list; ties go to the first."
+    if not self.free.any(): return None, math.inf
+    value = torch.where(self.free, self.price/self.cost, math.inf)
+    i = int(value.argmin())
+    return i, float(value[i])
+
+@patch
+def take(self:_Shortlist, i):
+    "Close one of the list. What that saves."
+    k, l, u = self.where[i]
+    pool, saves = self.pools[k], float(self.cost[i])
+    pool.open[l, u] = self.free[i] = False
+    self.price += self.pairs[i]
+    of_layer = self.layer == self.layer[i]
+    if int(pool.open[l].sum()) <= int(pool.stay[l]): self.free &= ~of_layer
+    if pool.units.group is not None:
+        at = of_layer.nonzero().flatten().tolist()
+        self.cost[at] = pool.cost_now()[l, [self.where[j][2] for j in at]]
+    return saves
+
+# %% ../nbs/02b_choose.ipynb #c0052
+def _greedy(pools, total, saved, goal, shortlist, nearest=False):
+    "Take the cheapest unit for what it saves until the goal is met or nothing is left. What is saved then."
     while saved < goal - 1e-6:
-        best, layer = _cheapest(pools)
-        count = best.fit(layer, goal - saved, nearest) if best is not None else 0
-        if count == 0: break
-        saved += best.close(layer, count, total)
-        is_due = saved - looked >= step*(goal - start)
-        if is_due: looked = saved
-        for pool in pools:
-            if is_due or pool.is_small: pool.look(total)
+        for pool in pools: pool.look(total)
+        few, taken = _Shortlist(pools, [p.values() for p in pools], shortlist), []
+        while saved < goal - 1e-6 and len(taken) < few.most:
+            i, value = few.cheapest()
+            if i is None or (taken and value > few.limit): break
+            if nearest and saved + float(few.cost[i])/2 > goal: return saved
+            saved += few.take(i)
+            taken.append(i)
+        if not taken: break
+        total += few.vectors[:, taken].double().sum(1)
     return saved
 
-# %% ../nbs/02b_choose.ipynb #c0053
+# %% ../nbs/02b_choose.ipynb #c0055
+@patch
+def give_back(self:_Pool, layer, count, total):
+    "Open so many of the units that this choice closed in a layer, the dearest first. What that loses."
+    lost, has_vectors = 0., self.units.vectors is not None
+    for _ in range(count):
+        self.look(total, [layer])
+        shut = self.units.exists[layer] & ~self.units.closed[layer] & ~self.open[layer]
+        back = self.price[layer] - 2*self.alone[layer] if has_vectors else self.price[layer]     # s·a - ½a²
+        u = int(torch.where(shut, back, -math.inf).argmax())
+        self.open[layer, u] = True
+        lost += float(self.units.cost[layer, u])
+        if has_vectors: total -= _windows(self.units.vectors, layer, u).double().cpu()
+    return lost
+
+# %% ../nbs/02b_choose.ipynb #c0102
+def _ragged(pools):
+    "Layers that keep no multiple: pool, layer, units above the last one, units up to the next."
+    found = []
+    for k, pool in enumerate(pools):
+        m, open_now = pool.units.multiple, pool.open.sum(1).tolist()
+        for l, n in enumerate(open_now):
+            up = min(-(-n//m)*m, int(pool.before[l])) - n
+            if up: found.append((n % m/m, k, l, n % m, up))
+    return [(pools[k], l, above, up) for _, k, l, above, up in sorted(found)]
+
+# %% ../nbs/02b_choose.ipynb #c0105
+@patch
+def offers(self:_Pool):
+    "Of each layer how many units make the next multiple, and their price for each cost saved."
+    m, n = self.units.multiple, self.open.sum(1)
+    floor = -(-self.stay//m)*m
+    count = (n - torch.maximum((n - 1)//m*m, floor)).clamp_min(0)
+    values, order = self.values().sort(dim=1, stable=True)
+    is_first = torch.arange(order.shape[1]) < count[:, None]
+    cost = torch.where(is_first, self.cost_now().gather(1, order), 0.).sum(1)
+    price = torch.where(is_first, self.price.gather(1, order), 0.).sum(1)
+    is_offer = (count > 0) & (~is_first | values.isfinite()).all(1)
+    return count, torch.where(is_offer, price/cost, math.inf), cost
+
+# %% ../nbs/02b_choose.ipynb #c0058
+def _close(pool, layer, count, total):
+    "Close so many units of a layer, the cheapest first."
+    pool.look(total, [layer])
+    is_here = torch.arange(len(pool.open)) == layer
+    few = _Shortlist([pool], [torch.where(is_here[:, None], pool.values(), math.inf)], max(4*count, 64))
+    taken, saved = [], 0.
+    for _ in range(count):
+        i, _ = few.cheapest()
+        saved += few.take(i)
+        taken.append(i)
+    total += few.vectors[:, taken].double().sum(1)
+    return saved
+
+def _even_out(pools, total, saved, goal):
+    "Bring each layer to a multiple: as many up as the goal allows, the others down. What is saved then."
+    ragged = _ragged(pools)
+    each = lambda pool, l: float(pool.units.cost[l].max())
+    spare = saved - goal - sum(up*each(pool, l) for pool, l, _, up in ragged)
+    back = []
+    for pool, l, above, up in ragged:
+        may_close = int(pool.open[l].sum()) - above >= int(pool.stay[l])
+        if spare < 0 and may_close:
+            spare += (above + up)*each(pool, l)
+            saved += _close(pool, l, above, total)
+        else: back.append((pool, l, up))
+    return saved - sum(pool.give_back(l, up, total) for pool, l, up in back)
+
+# %% ../nbs/02b_choose.ipynb #c0109
+def _in_multiples(pools, total, saved, goal, nearest=False):
+    "Even out, then close multiples until the goal is met again. What is saved then."
+    saved = _even_out(pools, total, saved, goal)
+    while saved < goal - 1e-6:
+        for pool in pools: pool.look(total)
+        tables = [pool.offers() for pool in pools]
+        prices = [table[1].tolist() for table in tables]
+        price, k, l = min((p, k, l) for k, row in enumerate(prices) for l, p in enumerate(row))
+        if price == math.inf: break
+        if nearest and saved + float(tables[k][2][l])/2 > goal: break
+        saved += _close(pools[k], l, int(tables[k][0][l]), total)
+    return saved
+
+# %% ../nbs/02b_choose.ipynb #c0060
 def choose_units(
     kinds:list, # `Units` of each kind
     goal:float, # How much is to be closed altogether, in the costs' unit
     examples:int=1, # N of the price; matters only where one kind has vectors and another a score
-    step:float=.01, # Share of the goal after which all prices are brought up to date; 0: after every block
+    shortlist:int=1024, # Units whose prices stay exact between two looks at all; 1: a look after each unit
     nearest:bool=False, # To the nearest unit (for budgets that count units) instead of at least `goal`
 ) -> list: # Of each kind a table `[l, u]`, True for all that is closed then, the old ones included
     "Close the units that add least to the loss for what they save, all kinds together, until `goal` is met."
     _need(goal >= 0, f'goal={goal!r}', '0 or more')
-    _need(examples > 0 and step >= 0, f'examples={examples!r}, step={step!r}', 'examples above 0, step of 0 or more')
+    _need(examples > 0 and shortlist >= 1, f'examples={examples!r}, shortlist={shortlist!r}', '1 or more')
     pools = [_Pool(by_group(k) if k.whole else k, examples) for k in kinds]
-    saved = _search(pools, sum(map(closed_cost, kinds)), goal, step, nearest)
+    total = _running_sum(pools)
+    saved = _greedy(pools, total, sum(map(closed_cost, kinds)), goal, shortlist, nearest)
+    saved = _in_multiples(pools, total, saved, goal, nearest)
     slack = max(float(p.units.cost.max())*p.units.multiple for p in pools)/2 if nearest else 1e-6
     _need(goal <= saved + slack, f'closing {goal:g} of {" and ".join(k.kind for k in kinds)}',
-          f'up to {saved:g}; lower the goal, least= or multiple=, protect fewer, or give whole=True where only groups save anything')
+          f'up to {saved:g}; lower the goal, least= or multiple=, protect fewer, '
+          'or give whole=True where only groups save')
     return [_all_closed(k, p) for k, p in zip(kinds, pools)]
 
 def _all_closed(units, pool):
+    "The closed units of a kind, groups taken apart again."
     closed = pool.units.exists & ~pool.open
     if units.whole: closed = closed.gather(1, units.group)
     return units.exists & (closed | units.closed)
 
+# %% ../nbs/02b_choose.ipynb #c0111
 def reachable_cost(
     kinds:list, # `Units` of each kind; their prices don't matter
 ) -> float: # In the costs' unit
     "What can be closed at most, closed units included."
-    free = lambda k: replace(k, vectors=None, worth=torch.zeros(k.exists.shape), block=1 if k.group is not None else k.exists.shape[1])
-    pools = [_Pool(by_group(free(k)) if k.whole else free(k), 1) for k in kinds]
-    return _search(pools, sum(map(closed_cost, kinds)), math.inf)
+    saved = sum(map(closed_cost, kinds))
+    for k in kinds:
+        free = replace(k, vectors=None, worth=torch.zeros(k.exists.shape))
+        pool = _Pool(by_group(free) if k.whole else free, 1)
+        if pool.units.group is not None: saved += _greedy([pool], _running_sum([pool]), 0., math.inf, 10**6)
+        else:
+            floor = -(-pool.stay//k.multiple)*k.multiple
+            count = (pool.before - floor).clamp_min(0)
+            cost = torch.where(pool.open & ~pool.units.protect, pool.units.cost, 0.)
+            cost = cost.sort(dim=1, descending=True).values
+            saved += float(cost[torch.arange(cost.shape[1]) < count[:, None]].sum())
+    return saved
 
-# %% ../nbs/02b_choose.ipynb #c0066
+# %% ../nbs/02b_choose.ipynb #c0074
 def choose_units_evenly(
     units:Units, # One kind without groups; for heads there is `choose_evenly`
     share:float, # Share of each layer's units to close altogether, 0 to 1
+    shortlist:int=1024, # As for `choose_units`
 ) -> Bool[Tensor, 'l u']: # All that is closed then
-    "Close the same share of units in every layer, so that what is kept is a multiple; each layer its cheapest."
+    "Close the same share of units in every layer, to the nearest multiple kept; each layer its cheapest."
     _need(0 <= share <= 1, f'share={share!r}', '0 to 1')
-    _need(units.group is None, f'{units.kind} with groups', 'units without; choose_evenly keeps the groups of heads even')
-    pool, m = _Pool(units, 1), units.multiple
-    total = _running_sum([pool])
-    for l, n in enumerate(units.exists.sum(1).tolist()):
-        keep = max(round(n*(1 - share)/m), -(-int(units.least[l])//m))*m
-        _need(pool.floor[l] <= keep or keep >= n, f'layer {l}: keeping {keep} {units.kind}, of which {int(units.protect[l].sum())} are protected',
-              f'{int(pool.floor[l])} or more; protect fewer or close less')
-        pool.look(total, [l])
-        pool.close(l, int(pool.open[l].sum()) - min(keep, n), total)
+    _need(units.group is None, f'{units.kind} with groups', 'units without; for heads there is choose_evenly')
+    pool, m, exists = _Pool(units, 1), units.multiple, units.exists.sum(1)
+    keep = torch.tensor([round(n*(1 - share)/m)*m for n in exists.tolist()])
+    keep = torch.maximum(keep, -(-units.least//m)*m)
+    for l in ((pool.stay > keep) & (keep < exists)).nonzero().flatten().tolist():
+        fixed = int(units.protect[l].sum())
+        what = f'layer {l}: keeping {int(keep[l])} {units.kind}, {fixed} of them protected'
+        _need(False, what, f'{int(pool.stay[l])} or more; protect fewer or close less')
+    pool.stay = keep
+    _greedy([pool], _running_sum([pool]), 0., math.inf, shortlist)
     return _all_closed(units, pool)
