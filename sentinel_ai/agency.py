@@ -250,7 +250,7 @@ def sync(self:Agency):
     if self.model is None: raise RuntimeError('this agency is not attached; attach(model) first')
     _usable(self.model)
     table = self.factors
-    for s in self.model.sentinel.now:
+    for s in self.model.sentinel.now.heads:
         sent = s.attn.sentinel
         new = table[s.layer, original_heads(self.model, s.layer)].to(device=sent.gate.device, dtype=sent.gate.dtype)
         old = sent.factor
@@ -298,7 +298,7 @@ def detach(self:Agency) -> nn.Module: # The model
     m = self.model
     if m is None: raise RuntimeError('this agency is not attached to a model')
     if is_adaptive(m):
-        for s in m.sentinel.now: s.attn.sentinel.factor = None
+        for s in m.sentinel.now.heads: s.attn.sentinel.factor = None
     if (state := state_of(m)) is not None: state.agency = None
     self.model = None
     return m
@@ -313,7 +313,7 @@ def bake(self:Agency) -> nn.Module: # The model
     turned = (t['state'] > A) & t['consent']
     events = [_event(self.step, 'agency', x, int(t['state'][tuple(x)]), A, 'factor baked into the gate', 'state') for x in turned.nonzero().tolist()]
     self._record(events)
-    for s in self.model.sentinel.now:
+    for s in self.model.sentinel.now.heads:
         g, c = s.attn.sentinel.gate, s.attn.sentinel.config
         g.copy_((g.clamp(0, 1) if c.mode == 'learned' else g) * s.attn.sentinel.factor)
     m, self.tables = self.detach(), t | dict(state=t['state'].masked_fill(turned, A))

@@ -20,7 +20,7 @@ from .io import STATE, join_state, read_state, settle, split_state, staged, sync
 from .heads import base_model, core_linear, out_features
 from .gates import GateConfig, adapt, check_edit, is_adaptive, set_gates, plain_class
 from .plan import HeadPlan
-from .state import built_heads, is_compact, state_of, transaction, will_write
+from .state import built_sites, is_compact, state_of, transaction, will_write
 from .surgery import apply_plan
 from .saving import HEADS_FILE, extra_biases, recall_removed
 from .unet import add_skips, remove_skips
@@ -225,8 +225,7 @@ def check_shape(
         if n.rpartition('.')[0] in odd and n.endswith('.bias'): continue
         if mine.get(n) != saved['shapes'].get(n): raise ValueError(
             f"{n} has shape {saved['shapes'].get(n)} in the checkpoint, {mine.get(n)} in this model; build it from the config it was trained with")
-    origin = built_heads(m)
-    if saved['adaptive']: HeadPlan.from_dict(saved['plan']).check(origin)
+    if saved['adaptive']: HeadPlan.from_dict(saved['plan']).check(built_sites(m))
     check_edit(m, 'restore' if _same_heads(m, saved) else 'reshape')         # heads can't be moved under an adapter
 
 def _same_heads(m, saved):
@@ -234,7 +233,10 @@ def _same_heads(m, saved):
     if is_compact(m) != saved.get('compact', False): return False
     if not saved.get('compact'): return True
     plan = HeadPlan.from_dict(saved['plan'])
-    return torch.equal(plan.keep, m.sentinel.plan.keep) and plan.columns == m.sentinel.plan.columns
+    now = m.sentinel.plan
+    channels = all(c is None or not c.removed for c in (plan.channels, now.channels)) if plan.channels is None or now.channels is None else \
+        torch.equal(plan.channels.keep, now.channels.keep)
+    return channels and torch.equal(plan.keep, now.keep) and plan.columns == now.columns
 
 # %% ../nbs/09_checkpoint.ipynb #c0032
 def _to_original(m, optimizer):
@@ -300,8 +302,16 @@ def load_weights(
                 will_write(own[k])
                 own[k].copy_(t); seen.add(own[k].data_ptr())
     lost = [k for k, t in own.items() if t.data_ptr() not in seen and t.numel()]
-    if any('.sentinel.' in k for k in lost): set_gates(m, 1.); lost = [k for k in lost if '.sentinel.' not in k]     # a plain model: all open
+    lost = _open_lost(m, lost)
     if lost: raise ValueError(f'{path}: {len(lost)} weights are missing, the first: {lost[0]}')
+
+def _open_lost(m, lost):
+    "Open gates that the file doesn't hold: of a plain model, or of channels in a file of 0.1.0. The other names that are lost."
+    gates = {f'{s.path}.sentinel.gate': s.module.sentinel.gate for s in m.sentinel.now} if is_adaptive(m) else {}
+    for name in gates.keys() & set(lost):
+        will_write(gates[name])
+        gates[name].fill_(1.)
+    return [name for name in lost if '.sentinel.' not in name]
 
 def _load_converted(m, path):
     "Where transformers saves weights under other names than the model's, let it read them."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit_cost', 'total_cost', 'closing_saves', 'saved_cost', 'lowest', 'head_items', 'choose', 'choose_evenly', 'Units',
-           'closed_cost', 'by_group', 'choose_units', 'reachable_cost', 'choose_units_evenly']
+           'closed_cost', 'units_of', 'by_group', 'choose_units', 'reachable_cost', 'choose_units_evenly']
 
 # %% ../nbs/02b_choose.ipynb #c0003
 import math, torch
@@ -260,6 +260,25 @@ def closed_cost(
     shut = _count(gone, units.group) == _count(units.exists, units.group)
     had = _count(units.exists, units.group) > 0
     return saved + float((units.group_cost[:, None]*(shut & had)).sum())
+
+# %% ../nbs/02b_choose.ipynb #c0113
+def units_of(
+    found, # A `HeadMap` or a `ChannelMap`
+    closed:Bool[Tensor, 'l u'], # What is closed already
+    unit:str='params', # Of the budget: 'heads', 'channels', 'params', 'kv_bytes' or 'flops'
+    context:int=512, # Tokens attended to, for 'flops'
+    **kwargs, # More fields of `Units`: vectors or worth, multiple, least, protect
+) -> Units:
+    "The units of a model's map, with what each costs."
+    exists, cost = ~found.table().isnan(), torch.zeros(len(found), dtype=torch.float64)
+    if not hasattr(found, 'n_heads'):
+        for s in found: cost[s.layer] = s.cost(unit, context)
+        return Units('channels', exists, closed, cost, **kwargs)
+    group, group_cost = torch.zeros(exists.shape, dtype=torch.long), torch.zeros_like(cost)
+    for s in found:
+        cost[s.layer], group_cost[s.layer] = unit_cost(s, unit, context)
+        group[s.layer, :s.n_heads] = s.kv_of
+    return Units('heads', exists, closed, cost, group=group, group_cost=group_cost, whole=unit == 'kv_bytes', **kwargs)
 
 # %% ../nbs/02b_choose.ipynb #c0093
 def by_group(

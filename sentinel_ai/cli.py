@@ -214,7 +214,7 @@ def inspect_cli(
     with user_errors(prog):
         model, _ = load(pos.model, device=o.device, dtype=o.dtype)
         if o.plot: _save_plot(plot_gates(gate_values(model)), o.plot)
-    hm, g = model.sentinel.now, gate_values(model)
+    hm, g = model.sentinel.now.heads, gate_values(model)
     print(f'{pos.model}: {type(model).__name__}, gates {model.sentinel.config.mode}\n\n{hm}\n')
     print(f'gates by layer, {int((g > 0).sum())} of {hm.n_heads} heads open (● open, ○ closed, digits tenths):\n{gate_grid(g)}\n')
     print(_params(model))
@@ -223,7 +223,7 @@ def inspect_cli(
 # %% ../nbs/12_cli.ipynb #c0031
 def _params(model):
     "What the parameters are: heads, embeddings, gates, the rest; and what they take in memory"
-    hm, ps = model.sentinel.now, dict(model.named_parameters())
+    hm, ps = model.sentinel.now.heads, dict(model.named_parameters())
     gates = sum(p.numel() for n, p in ps.items() if 'sentinel' in n)
     emb = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     parts = {'heads': hm.head_params(), 'embeddings': sum(emb.values())}
@@ -245,7 +245,7 @@ def spread(
     model:nn.Module, # An adapted model
 ) -> dict: # `{(layer, head): 0.}`, for `set_gates`
     "A quarter of the heads, spread over layers and over places in the layer."
-    return {(s.layer, h): 0. for i, s in enumerate(model.sentinel.now) for h in range(s.n_heads) if (h + i) % 4 == 0}
+    return {(s.layer, h): 0. for i, s in enumerate(model.sentinel.now.heads) for h in range(s.n_heads) if (h + i) % 4 == 0}
 
 @contextmanager
 def zeroed(model:nn.Module, heads): # A plain model; pairs of (layer, head)
@@ -317,7 +317,7 @@ def check(
     open_, heads = run(), spread(model)
     set_gates(model, heads)
     closed, is_causal = run(), causal(model, ids)
-    res.closed = f'{len(heads)}/{model.sentinel.now.n_heads}'
+    res.closed = f'{len(heads)}/{model.sentinel.now.heads.n_heads}'
     unadapt(model)
     with zeroed(model, heads): zero = run()
     res.checks = dict(logits=_same(open_[0], plain[0]), text=_same(open_[1], plain[1]), causal=is_causal,
@@ -587,7 +587,7 @@ def train_cli(
     if o.text == 'python_docs': datasets.disable_progress_bars()
     with user_errors(prog): model, tok, data, folder = _prepare(o, run, args)
     n = {k: len(v) for k, v in data.items()}
-    print(f'{o.model}, {model.sentinel.now.n_heads} heads; {o.text}, {n["train"]} blocks to train on and {n["validation"]} held out; into {folder}', flush=True)
+    print(f'{o.model}, {model.sentinel.now.heads.n_heads} heads; {o.text}, {n["train"]} blocks to train on and {n["validation"]} held out; into {folder}', flush=True)
     try: res = train_gates(model, data, run, args, tokenizer=tok)
     except BaseException:
         if not any(folder.iterdir()): folder.rmdir()

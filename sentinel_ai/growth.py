@@ -80,7 +80,7 @@ def _fill(m, now, big, local, new, init, gen, names):
 # %% ../nbs/04c_growth.ipynb #c0016
 def _grow_heads(m, heads, init, optimizer, seed, scores):
     check_ready(m, optimizer, 'grow')
-    before = m.sentinel.built
+    before = m.sentinel.built.heads
     plan, scores, want, gen = m.sentinel.plan, strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
     if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
     _can_grow(m, before, plan, want)
@@ -97,14 +97,14 @@ def _grow_heads(m, heads, init, optimizer, seed, scores):
             present = plan.kept(l)
             for i, (donor, _) in enumerate(pairs):
                 h, gate = before[l].n_heads + i, gates[l, donor].item() if init == 'split' else 1.
-                note = _fill(m, state.now[l], hm[l], present.index(donor), h, init, gen, names)
+                note = _fill(m, state.now.heads[l], hm[l], present.index(donor), h, init, gen, names)
                 state.grown.append(dict(layer=l, head=h, donor=donor, gate=gate) | (note or {}))
         keep = state.plan.keep.clone()
         for n in state.grown[at:]: keep[n['layer'], n['head']] = True
         apply_plan(m, replace(state.plan, keep=keep), optimizer)
         _open(m, state.grown[at:])
-        if bad := differing_layers(m, state.built, seen, list(new)): raise UnsupportedArchitecture(
-            f'{type(m).__name__}: with further heads the attention is not what it was ({"; ".join(f"layer {l}: {w}" for l, w in list(bad.items())[:2])}). '
+        if bad := differing_layers(m, seen, [('heads', l) for l in new]): raise UnsupportedArchitecture(
+            f'{type(m).__name__}: with further heads the attention is not what it was ({"; ".join(f"layer {l}: {w}" for (_, l), w in list(bad.items())[:2])}). '
             'The model is as it was before.')
         _move_repairs(m, reps)
 
@@ -127,7 +127,7 @@ def _open(m, notes):
     "Open the gates of new heads: a split head's gate is its donor's, so that the two scale alike."
     for n in notes:
         i = int(m.sentinel.plan.keep[n['layer'], :n['head']].sum())
-        m.sentinel.now[n['layer']].attn.sentinel.gate[i] = n['gate']
+        m.sentinel.now.heads[n['layer']].attn.sentinel.gate[i] = n['gate']
 
 # %% ../nbs/04c_growth.ipynb #c0019
 def _move_repairs(m, was):
@@ -141,7 +141,7 @@ def _move_repairs(m, was):
         now = full.clone() if torch.equal(was[name], new) else fit(new) + full - fit(was[name])
         reps[name] = None if old is None else now + fit(old - new), now
     for (l, _), r in m.sentinel.repairs.predictors.items():
-        s = m.sentinel.built[l]
+        s = m.sentinel.built.heads[l]
         r['T'] = _fit(r['T'], 0, s.n_heads*s.head_dim)
 
 def _fit(t, dim, n):
@@ -161,7 +161,7 @@ def _put(m, name, idx, value):
 def _rejoin(m, note):
     "Give a split head's donor its columns back."
     if note.get('name') not in m.sentinel.stash: return                   # heads that began with columns of zeros
-    d, plan, gates = m.sentinel.built[note['layer']].head_dim, m.sentinel.plan, m.sentinel.plan.full(gate_values(m, effective=True))
+    d, plan, gates = m.sentinel.built.heads[note['layer']].head_dim, m.sentinel.plan, m.sentinel.plan.full(gate_values(m, effective=True))
     idx, mine = (torch.arange(note[k]*d, (note[k]+1)*d, device='cpu') for k in ('head', 'donor'))
     full, dim = full_param(m, note['name']), m.sentinel.stash[note['name']]['dim']
     now, new = full.index_select(dim, mine), full.index_select(dim, idx)
@@ -173,17 +173,18 @@ def _rejoin(m, note):
 def _drop(m, old, notes, optimizer):
     "Let the model be about the heads of the map `old` again: drop heads that are beyond them."
     state = m.sentinel
-    hm = state.built
+    hm = state.built.heads
     if all(a is b for a, b in zip(hm.sites, old.sites)): return
     for note in reversed(notes): _rejoin(m, note)
     state.grown = [n for n in state.grown if not any(n is x for x in notes)]
-    plan, names, sites = state.plan, {id(p): n for n, p in m.named_parameters()}, list(state.now.sites)
+    plan, names, sites = state.plan, {id(p): n for n, p in m.named_parameters()}, list(state.now.heads.sites)
     for l, (b, s) in enumerate(zip(hm.sites, old.sites)):
         if b is not s: sites[l] = _drop_layer(m, b, s, plan, state.stash, names, optimizer)
     new = HeadPlan.of(old)
     keep = _fit(plan.keep, 1, new.keep.shape[1]) & new.exists
     state.plan = replace(new, keep=keep, columns=plan.columns, info=plan.info, channels=plan.channels)
-    state.built, state.now = old, replace(old, sites=sites, n_params=model_size(m))
+    now = replace(old, sites=sites, n_params=model_size(m))
+    state.built, state.now = replace(state.built, heads=old), replace(state.now, heads=now)
     if state.plan.whole: old.n_params = model_size(m); all_back(m)
 
 def _drop_layer(m, b, s, plan, recs, names, optimizer):
@@ -363,16 +364,19 @@ def _grow_layers(m, layers, optimizer):
 def _renumber_layers(m, key, order, fresh, names):
     "Renumber the records of each layer."
     state = m.sentinel
-    def moved(hm): return replace(hm, sites=[site(hm.sites[l], i, l) for i, l in enumerate(order)])
     def site(s, i, l):
         if s is None: return None
         path = f'{key}.{i}{s.path[len(f"{key}.{l}"):]}'
-        at = dict(layer=i, path=path, attn=m.get_submodule(path))
-        return replace(s, **at, native=s.native and replace(s.native, **at))
+        owner = 'attn' if s.kind == 'heads' else 'mlp'
+        at = {'layer': i, 'path': path, owner: m.get_submodule(path)}
+        return replace(s, **at) if s.kind == 'channels' else replace(s, **at, native=s.native and replace(s.native, **at))
+    def moved_map(found): return replace(found, sites=[site(found.sites[l], i, l) for i, l in enumerate(order)], n_params=model_size(m))
+    def moved(found): return replace(found, heads=moved_map(found.heads), channels=found.channels and moved_map(found.channels))
     to = {l: i for i, l in reversed(list(enumerate(order)))}
     compact = state.now is not state.built
-    state.now = replace(moved(state.now), n_params=model_size(m))
-    state.built = moved(state.built) if compact else state.now
+    now = moved(state.now)
+    state.built = moved(state.built) if compact else now
+    state.now = now
     _renumber_plan(m, order)
     now = {id(p): n for n, p in m.named_parameters()}
     name = {n: now[i] for i, n in names.items() if i in now}
@@ -385,9 +389,10 @@ def _renumber_layers(m, key, order, fresh, names):
 def _renumber_plan(m, order):
     state = m.sentinel
     p = state.plan
-    state.plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order],
-                         columns=[i for i, l in enumerate(order) if l in p.columns], grown=grown_heads(state.built))
-    for s0, s1, keep in zip(state.built.sites, state.now.sites, heads_by_layer(state.plan)):
+    channels = p.channels and replace(p.channels, keep=p.channels.keep[order], exists=p.channels.exists[order])
+    state.plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order], channels=channels,
+                         columns=[i for i, l in enumerate(order) if l in p.columns], grown=grown_heads(state.built.heads))
+    for s0, s1, keep in zip(state.built.heads.sites, state.now.heads.sites, heads_by_layer(state.plan)):
         if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): unwire_attention(s0); wire_attention(s0, s1, keep, s0.layer in state.plan.columns)
 
 def _copy_removed(m, key, i, l):
@@ -446,9 +451,9 @@ def init_small(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = adapt(AutoModelForCausalLM.from_config(cfg, dtype=dtype).eval())
-    plan = HeadPlan.of(model.sentinel.now)
+    plan = HeadPlan.of(model.sentinel.now.heads)
     plan.keep = plan.exists.clone()
-    for s in model.sentinel.now: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
+    for s in model.sentinel.now.heads: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
     plan.info = dict(criterion='init_small', keep=keep, seed=seed)
     return replay(model, plan) if plan.removed else model
 

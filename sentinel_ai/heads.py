@@ -412,7 +412,7 @@ def head_map(
 ) -> HeadMap:
     "Find every attention head. Raises `UnsupportedArchitecture` when there is none or when an attention module can't be read."
     model = base_model(model)
-    if (state := model.__dict__.get('sentinel')) is not None: return state.now    # an adapted model knows
+    if (state := model.__dict__.get('sentinel')) is not None: return state.now.heads    # an adapted model knows
     check_decoder(model)
     found, unmapped, shared = _candidates(model)
     if not found: raise UnsupportedArchitecture(
@@ -564,20 +564,20 @@ def _state_of(module):
 
 # %% ../nbs/00_heads.ipynb #c0118
 def check_weights(
-    where:AttnSite|nn.Module, # A layer, or a model: all its layers
+    where, # A layer of heads or of channels, or a model: all its attention layers
     what:str, # What reads or writes the weights, for the message
-    parts:str='o', # Which projections, of 'qkvo'
+    parts:str='o', # Which projections: 'o', or of heads any of 'qkvo'; of channels more than 'o' means all
     empty:bool=False, # May they be without data (on `meta`, not offloaded)? Shapes can be changed all the same
 ):
     "Raise `RuntimeError`, naming the parameter, its type and the way out, unless these projections hold floats in memory."
-    if isinstance(where, AttnSite): sites = [where]
+    if not isinstance(where, nn.Module): sites = [where]
     else:
         m = base_model(where)
         sites = head_map(m)
     for s in sites:
         names = [s.out_name] if 'o' in parts else []
-        for name in dict.fromkeys(names + [n for p, n in s.proj.items() if p in parts]):
-            state = _state_of(s.attn.get_submodule(name))
+        for name in dict.fromkeys(names + [n for p, n in s.proj.items() if p in parts or len(p) > 1 and parts != 'o']):
+            state = _state_of(s.module.get_submodule(name))
             if state is not None and not (empty and state[1] == 'without data (meta)'): raise RuntimeError(
                 f'layer {s.layer}: {s.path}.{name}.weight is {state[0]}, {state[1]}; {what} needs float weights in memory: {_ELSEWHERE[state[1]]}')
 

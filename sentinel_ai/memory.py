@@ -173,10 +173,10 @@ def remember(self:HeadMemory,
     if not is_adaptive(m): raise TypeError(f'{type(m).__name__} has no gates; call adapt(model) first')
     gates = gate_values(m)
     for l, h in heads:
-        i = local_head(m, l, h) if 0 <= l < len(m.sentinel.now) and h in range(m.sentinel.plan.exists.shape[1]) and m.sentinel.plan.exists[l, h] else None
-        if i is None: raise ValueError(f'layer {l} head {h} is not in the model now; layers are 0 to {len(m.sentinel.now)-1}, '
-                                       f'layer {l} has heads {original_heads(m, l) if 0 <= l < len(m.sentinel.now) else []}')
-        todo.append(((l, h), m.sentinel.now[l], i))
+        i = local_head(m, l, h) if 0 <= l < len(m.sentinel.now.heads) and h in range(m.sentinel.plan.exists.shape[1]) and m.sentinel.plan.exists[l, h] else None
+        if i is None: raise ValueError(f'layer {l} head {h} is not in the model now; layers are 0 to {len(m.sentinel.now.heads)-1}, '
+                                       f'layer {l} has heads {original_heads(m, l) if 0 <= l < len(m.sentinel.now.heads) else []}')
+        todo.append(((l, h), m.sentinel.now.heads[l], i))
     for key, site, i in todo: self._keep(key, *read_head(site, i, optimizer if self.keep_moments else None),
                                          dict(gate=float(gates[site.layer, i]), step=step, stats=_values(m, stats, key, i)))
     self._bound()
@@ -260,9 +260,9 @@ def release(self:HeadMemory,
     "Drop what surgery kept of removed heads, in layers whose removed heads are all remembered here."
     m, freed = base_model(model), 0
     plan = m.sentinel.plan
-    layers = [s.layer for s in m.sentinel.now if all((s.layer, h) in self for h in (plan.exists & ~plan.keep)[s.layer].nonzero().flatten().tolist())]
-    origin = m.sentinel.built
-    layers += [l for l, s in enumerate(m.sentinel.now.sites) if s is None and origin.sites[l] is not None
+    layers = [s.layer for s in m.sentinel.now.heads if all((s.layer, h) in self for h in (plan.exists & ~plan.keep)[s.layer].nonzero().flatten().tolist())]
+    origin = m.sentinel.built.heads
+    layers += [l for l, s in enumerate(m.sentinel.now.heads.sites) if s is None and origin.sites[l] is not None
                and all((l, h) in self for h in plan.exists[l].nonzero().flatten().tolist())]
     for l in layers:
         for name, r in m.sentinel.stash.items():

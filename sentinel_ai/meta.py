@@ -86,7 +86,7 @@ def case(
     what=('entropy', 'gradient', 'use', 'gram', 'joint'), # What is measured
 ) -> Case:
     "Measure a model, with heads removed or closed at random."
-    hm, rng = adapt(model).sentinel.now, torch.Generator().manual_seed(seed)
+    hm, rng = adapt(model).sentinel.now.heads, torch.Generator().manual_seed(seed)
     if not 0 <= gone < 1 or not 0 <= closed < 1 or gone and closed: raise ValueError(
         f'gone={gone!r}, closed={closed!r}: allowed are shares from 0 up to, not including, 1, and one of them at a time')
     exists = ~hm.table().isnan()
@@ -145,7 +145,7 @@ class ControllerTask(nn.Module):
         a = self.logits(c, target)
         g = hard_concrete(shift_to(a, target), sample=self.training)
         g = torch.where(c.gone.to(g.device), 0., g)
-        lost = left_behind(base_model(c.model).sentinel.now, c.grams, g) if self.repair else None
+        lost = left_behind(base_model(c.model).sentinel.now.heads, c.grams, g) if self.repair else None
         with driven(c.model, g, lost): text = lm_loss(c.model, input_ids)
         return dict(loss=self.controller.loss(self.scale*text, a, target, self.spread), text=text.detach())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
+from .channels import Sites
 from .heads import HeadMap
 
 # %% ../nbs/00b_plan.ipynb #c0006
@@ -132,13 +133,13 @@ def grown_heads(
 
 @patch(cls_method=True)
 def of(cls:HeadPlan,
-    hm:HeadMap, # A model's heads
-    channels=None, # Its channels: a `ChannelMap`, or None
+    sites:Sites|HeadMap, # Where a model's units are
 ) -> HeadPlan:
     "The plan that keeps everything."
-    exists = ~hm.table().isnan()
-    kv = [0 if s is None else s.n_kv_heads for s in hm.sites]
-    plan = cls(exists.clone(), exists, kv, hm.model_type, grown=grown_heads(hm))
+    heads, channels = (sites, None) if isinstance(sites, HeadMap) else (sites.heads, sites.channels)
+    exists = ~heads.table().isnan()
+    kv = [0 if s is None else s.n_kv_heads for s in heads.sites]
+    plan = cls(exists.clone(), exists, kv, heads.model_type, grown=grown_heads(heads))
     if channels is not None:
         there = existing([0 if s is None else s.n for s in channels.sites])
         plan.channels = ChannelPlan(there.clone(), there)
@@ -149,6 +150,20 @@ def everything(self:HeadPlan) -> HeadPlan:
     "The plan that keeps everything, with this one's notes."
     channels = self.channels and replace(self.channels, keep=self.channels.exists.clone())
     return replace(self, keep=self.exists.clone(), columns=[], info=dict(self.info), channels=channels)
+
+@patch
+def of_kind(self:HeadPlan, kind:str) -> UnitPlan:
+    "The table of 'heads' or of 'channels'."
+    if kind == 'heads': return self
+    if kind != 'channels': raise ValueError(f"kind={kind!r}: allowed is 'heads' or 'channels'")
+    if self.channels is None: raise ValueError(f'the channels of this {self.model_type} model are not known')
+    return self.channels
+
+@patch
+def with_kind(self:HeadPlan, kind:str, keep) -> HeadPlan:
+    "The plan with another table of 'heads' or of 'channels'."
+    if kind == 'heads': return replace(self, keep=keep, info=dict(self.info))
+    return replace(self, channels=replace(self.of_kind(kind), keep=keep), info=dict(self.info))
 
 # %% ../nbs/00b_plan.ipynb #c0022
 @patch
@@ -254,11 +269,10 @@ def from_dict(cls:HeadPlan,
 # %% ../nbs/00b_plan.ipynb #c0034
 @patch
 def check(self:HeadPlan,
-    hm:HeadMap, # Heads that the model was built with
-    channels=None, # Its channels: a `ChannelMap`, or None
+    sites:Sites|HeadMap, # The units that the model was built with
 ):
     "Raise `ValueError` unless the plan is about a model with these units and leaves at least one head."
-    want = HeadPlan.of(hm, channels)
+    want = HeadPlan.of(sites)
     where = f'the plan is about a {self.model_type} model'
     if self.model_type != want.model_type: raise ValueError(f'{where}, this one is {want.model_type}')
     if self.exists.shape != want.exists.shape: raise ValueError(

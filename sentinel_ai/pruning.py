@@ -184,7 +184,7 @@ def out_weight(
 ) -> tuple: # Names of weight and bias, dimension along which its inputs lie
     "The output projection's parameters by their names in the model."
     m = base_model(model)
-    lin = core_linear(m.sentinel.built[layer].out)
+    lin = core_linear(m.sentinel.built.heads[layer].out)
     name = next(n for n, p in m.named_parameters() if p is lin.weight).rpartition('.')[0]
     return f'{name}.weight', f'{name}.bias', in_dim(lin)
 
@@ -249,7 +249,7 @@ def _fits_ms(m, ms, plan_for, ids, tries=6):
         set_gates(twin, torch.where(plan_for(n), 0., gate_values(twin)))
         if n: compact(twin, check=False)
         return latency(twin, ids)
-    lo, hi = 0, m.sentinel.now.n_heads - 1
+    lo, hi = 0, m.sentinel.now.heads.n_heads - 1
     best = timed(hi)
     if best > ms: raise ValueError(f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} tokens still takes {best:.1f} ms on {m.device}')
     for _ in range(tries):
@@ -394,7 +394,7 @@ def check_losses(self:_Job, m):
 @patch
 def run(self:_Job, m):
     "All rounds."
-    hm, start = m.sentinel.now, _shut(m)
+    hm, start = m.sentinel.now.heads, _shut(m)
     self.check_losses(m)
     if self.unit == 'ms':
         rank = torch.rand(hm.shape, generator=torch.Generator().manual_seed(self.seed))
@@ -416,7 +416,7 @@ def run(self:_Job, m):
 @patch
 def one_round(self:_Job, m, goal, total):
     "Measure, choose, repair, close."
-    hm, closed = m.sentinel.now, _shut(m)
+    hm, closed = m.sentinel.now.heads, _shut(m)
     if goal <= saved_cost(hm, closed, self.unit, self.context): return
     text = [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in self.batches]
     stats = measure(m, text, self.needs(), repair=self.repair, progress=self.progress)
@@ -443,7 +443,7 @@ def choice(self:_Job, hm, stats, closed, goal, total, criterion):
 @patch
 def apply(self:_Job, m, stats, close, closed):
     _tell_memory(m, close & ~closed, stats, self.optimizer)
-    for s in m.sentinel.now:
+    for s in m.sentinel.now.heads:
         new = (close & ~closed)[s.layer, :s.n_heads]
         if s.layer not in stats.grams: continue
         used = repair_layer(m, s, new, stats.grams[s.layer], self.repair, self.lam)
@@ -459,7 +459,7 @@ def pick(self:_Job, m, stats, goal, total, candidates=('joint', 'fisher', 'taylo
     res, to, n = {}, lambda x: None if x is None else x.to(m.device), sum(len(i) for i, _, _ in held)
     for c in candidates:
         with transaction(m) as trial:
-            self.apply(m, stats, self.choice(m.sentinel.now, stats, closed, goal, total, c), closed)
+            self.apply(m, stats, self.choice(m.sentinel.now.heads, stats, closed, goal, total, c), closed)
             with measuring(m): res[c] = float(sum(summed_loss(m(to(i), **forward_args(m, to(k))).logits, to(y)) for i, k, y in held)/n)
             trial.rollback()
     m.sentinel.memory = memory
@@ -484,7 +484,7 @@ def close_heads(
     check_edit(model, 'close')
     if repair != 'none': check_edit(model, 'repair')
     m = base_model(adapt(model))
-    hm, leaving = m.sentinel.now, torch.zeros(m.sentinel.now.shape, dtype=torch.bool)
+    hm, leaving = m.sentinel.now.heads, torch.zeros(m.sentinel.now.heads.shape, dtype=torch.bool)
     for l, h in heads:
         i = local_head(m, l, h) if 0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < int(m.sentinel.plan.exists[l].sum()) else None
         _need(i is not None and not _shut(m)[l, i], f'layer {l} head {h}', 'a head that is open')

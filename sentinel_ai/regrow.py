@@ -130,7 +130,7 @@ def strength(
     "How strong each open head is: the norm of its output columns times that of its value rows."
     m = need_adapted(model)
     gates, t = gate_values(m, effective=True), torch.full(m.sentinel.plan.keep.shape, math.nan)
-    for s in m.sentinel.now:
+    for s in m.sentinel.now.heads:
         for i, h in enumerate(original_heads(m, s.layer)):
             if gates[s.layer, i] > 0:
                 t[s.layer, h] = math.prod(v.float().norm().item() for (n, p), v in read_head(s, i)[0].items() if p in 'vo' and n.endswith('weight'))
@@ -279,7 +279,7 @@ def _pick(m, amount, batches, strategy, stats, seed, init):
 # %% ../nbs/04b_regrow.ipynb #c0030
 def _possible(m, heads, init, warmup):
     "Raise where an architecture can't take a head made this way."
-    origin = m.sentinel.built
+    origin = m.sentinel.built.heads
     for l in dict.fromkeys(l for l, _ in heads):
         s, where = origin[l], f'layer {l} ({type(origin[l].attn).__name__})'
         if init != 'memory': check_free(origin)
@@ -288,7 +288,7 @@ def _possible(m, heads, init, warmup):
                 f"{where}: a head can't be copied alone, as a norm or a mask is made of all heads; use init='memory' or 'zero'")
             if s.slopes and not warmup: raise ValueError(
                 f'{where}: each head has a slope of its own (ALiBi), so a copy differs from its donor; give warmup=, which starts without a change')
-            if m.sentinel.now.sites[l] is None or not (gate_values(m, effective=True)[l] > 0).any(): raise ValueError(
+            if m.sentinel.now.heads.sites[l] is None or not (gate_values(m, effective=True)[l] > 0).any(): raise ValueError(
                 f"{where} has no open head that could be split; use init='memory', 'zero' or 'random'")
 
 # %% ../nbs/04b_regrow.ipynb #c0032
@@ -326,7 +326,7 @@ class _Seed:
                 f"layer {key[0]} head {key[1]} isn't remembered: its weights were released or not saved; use init='split', 'zero' or 'random'"
                 + (", or 'unet'" if self.init == 'memory' else ''))
 
-    def site(self, key): return self.m.sentinel.now[key[0]], local_head(self.m, *key)
+    def site(self, key): return self.m.sentinel.now.heads[key[0]], local_head(self.m, *key)
 
     def recall(self, key, site, i):
         "Write the remembered head, unless what is there would be remembered as the very same."
@@ -388,8 +388,8 @@ def forget_moments(self:_Seed, site, i):
 @patch
 def mirror(self:_Seed, site):
     "The mirrored layer's strongest open head, or None."
-    l = len(self.m.sentinel.now) - 1 - site.layer
-    other = self.m.sentinel.now.sites[l] if l != site.layer else None
+    l = len(self.m.sentinel.now.heads) - 1 - site.layer
+    other = self.m.sentinel.now.heads.sites[l] if l != site.layer else None
     i = None if other is None else _strongest(self.m, other, self.strong)
     return None if i is None else (other, i)
 

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from .io import settle, staged, write_tensors, write_text
 from .heads import base_model, core_linear, out_features
-from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class, gate_values, is_merged, unmerged_state, plain_class, save_plain
+from .gates import (AdaptiveMixin, GateConfig, adapt, adaptive_class, is_merged, unmerged_state,
+                               plain_class, save_plain)
 from .state import RepairLog
 from .surgery import HeadPlan, full_param, replay, model_size, unwire_attention, wire_attention
 from .memory import HeadMemory
@@ -105,16 +106,24 @@ class SentinelForCausalLM:
             except RuntimeError as e:
                 if 'mismatch' in str(e): raise ValueError(f'{path}: the weights do not have the shapes that the plan in config.json says: {e}') from e
                 raise
-        lost = sorted(info['missing_keys']) + [str(k) for k in info.get('mismatched_keys') or ()] + sorted(info['unexpected_keys'])
+        open_ = _without_gates(model, config)                      # 0.1.0 knew no channels
+        lost = sorted(set(info['missing_keys']) - open_.keys()) + [str(k) for k in info.get('mismatched_keys') or ()] + sorted(info['unexpected_keys'])
         if lost: raise ValueError(f'{path}: weights and plan do not fit each other; {len(lost)} weights are missing, left over or of another '
                                   f'shape, the first: {lost[0]}')
         model.__class__ = adaptive_class(_base_type(config))
-        for site in model.sentinel.now:                       # transformers makes parameters anew, and all of them trainable
-            site.attn.sentinel.gate.requires_grad_(model.sentinel.config.mode == 'learned')
+        for sentinel in open_.values(): nn.init.ones_(sentinel.gate)
+        for site in model.sentinel.now:                            # transformers makes parameters anew, and all of them trainable
+            site.module.sentinel.gate.requires_grad_(site.module.sentinel.mode == 'learned')
         _rewire(model)
         if config.agency is not None: Agency.from_dict(config.agency).attach(model)
         recall_removed(model, path, hub)
         return (model, info) if output_loading_info else model
+
+# %% ../nbs/07a_saving.ipynb #c0052
+def _without_gates(model, config):
+    "Sentinels whose gates a folder doesn't hold, as it was written before channels had gates: `{key: sentinel}`."
+    if 'kinds' in config.gates or model.sentinel.now.channels is None: return {}
+    return {f'{s.path}.sentinel.gate': s.mlp.sentinel for s in model.sentinel.now.channels}
 
 # %% ../nbs/07a_saving.ipynb #c0017
 @patch(cls_method=True)
@@ -126,15 +135,19 @@ def _from_config(cls:SentinelForCausalLM, config, **kwargs):
 # %% ../nbs/07a_saving.ipynb #c0019
 def _rewire(m):
     "Make the layers' index tables anew: transformers overwrites buffers that no checkpoint holds."
-    m.sentinel.now.n_params = model_size(m)                              # tied weights were two when the model was built
-    if not m.sentinel.compact: return
-    gone = sum((r['size'] - p.shape[r['dim']])*math.prod(n for d, n in enumerate(p.shape) if d != r['dim'])
-               for name, r in m.sentinel.stash.items() for p in [m.get_parameter(name)])
-    m.sentinel.built.n_params = model_size(m) + gone
-    for s0, s1, keep in zip(m.sentinel.built.sites, m.sentinel.now.sites, m.sentinel.plan.keep):
+    state = m.sentinel
+    size, maps = model_size(m), lambda found: [x for x in (found.heads, found.channels) if x is not None]
+    for found in maps(state.now): found.n_params = size                            # tied weights were two when the model was built
+    if not state.compact: return
+    def missing(name, r):
+        shape = m.get_parameter(name).shape
+        return (r['size'] - shape[r['dim']])*math.prod(n for d, n in enumerate(shape) if d != r['dim'])
+    gone = sum(missing(name, r) for name, r in state.stash.items())
+    for found in maps(state.built): found.n_params = size + gone
+    for s0, s1 in zip(state.built.heads.sites, state.now.heads.sites):
         if s0 is None or not hasattr(s0.inner, 'sentinel_wiring'): continue
         unwire_attention(s0)
-        wire_attention(s0, s1, keep.nonzero().flatten().tolist(), s0.layer in m.sentinel.plan.columns)
+        wire_attention(s0, s1, state.plan.kept(s0.layer), s0.layer in state.plan.columns)
 
 # %% ../nbs/07a_saving.ipynb #c0020
 AutoConfig.register('sentinel', SentinelConfig, exist_ok=True)
@@ -144,9 +157,9 @@ AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True
 # %% ../nbs/07a_saving.ipynb #c0023
 def _plain(m):
     "Is there nothing that a plain checkpoint couldn't say?"
-    g = gate_values(m)
     if m.sentinel.compact or hasattr(m, 'sentinel_skips') or m.sentinel.agency is not None or extra_biases(m): return False
-    return is_merged(m) or m.sentinel.config.mode == 'static' and bool(((g == 1) | g.isnan()).all())
+    is_open = lambda s: s.mode == 'static' and bool((s.gate == 1).all())
+    return is_merged(m) or all(is_open(site.module.sentinel) for site in m.sentinel.now)
 
 def extra_biases(m):
     "Output projections that repair gave a bias which the architecture's class, built from the config, doesn't have."

@@ -70,7 +70,7 @@ class GateCallback(TrainerCallback):
 def sentinel_parameters(model:nn.Module) -> list: # Those that are trained
     "Gates and multipliers of an adapted model."
     m = base_model(model)
-    mine = [s.attn.sentinel for s in m.sentinel.now] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
+    mine = [s.attn.sentinel for s in m.sentinel.now.heads] + ([m.sentinel_budget] if hasattr(m, 'sentinel_budget') else [])
     return [p for s in mine for p in s.parameters() if p.requires_grad]
 
 @patch
@@ -86,7 +86,7 @@ def on_optimizer_step(self:GateCallback, args, state, control, model=None, **kwa
     m = base_model(model)
     if m.sentinel.config.mode != 'learned': return
     with torch.no_grad():  # Adam can overshoot; a gate beyond [0, 1] would answer late
-        for s in m.sentinel.now: s.attn.sentinel.gate.clamp_(0, 1)
+        for s in m.sentinel.now.heads: s.attn.sentinel.gate.clamp_(0, 1)
 
 # %% ../nbs/10_train.ipynb #c0014
 @patch
@@ -312,7 +312,7 @@ def close_random(
     seed:int=0, # Of the draw
 ) -> nn.Module: # The same model
     "Close a random share of the heads."
-    hm = base_model(model).sentinel.now
+    hm = base_model(model).sentinel.now.heads
     scores = torch.rand(hm.shape, generator=torch.Generator().manual_seed(seed))
     close = lowest(hm, torch.where(hm.table().isnan(), math.nan, scores), sparsity, unit)
     return set_gates(model, torch.where(close, 0., math.nan))
@@ -345,7 +345,7 @@ def n_steps(args:TrainingArguments, n_blocks:int) -> int: # Optimiser steps of t
 def _measured(trainer, metrics=None):
     m = base_model(trainer.model)
     loss = (metrics or trainer.evaluate())['eval_loss']
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), open=open_heads(m), heads=m.sentinel.now.n_heads)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), open=open_heads(m), heads=m.sentinel.now.heads.n_heads)
 
 # %% ../nbs/10_train.ipynb #c0044
 def check_one_process(
@@ -453,13 +453,13 @@ def load_state_dict(self:HeadLR, d):
 def _index(self:HeadLR):
     "For each parameter: along which dimension, indices, and the layer, head and present gate that each index belongs to."
     found = {}
-    for s in self.model.sentinel.now:
+    for s in self.model.sentinel.now.heads:
         for i, h in enumerate(original_heads(self.model, s.layer)):
             for name, dim, idx, part in head_slices(s, i):
                 p = s.attn.get_parameter(name)
                 found.setdefault(id(p), (p, dim, []))[2].append((idx, torch.tensor([[s.layer, h, i, part in 'kv']]).expand(len(idx), 4)))
     self._rows = [(p, dim, *map(torch.cat, zip(*rows))) for p, dim, rows in found.values()]
-    self._map = self.model.sentinel.now
+    self._map = self.model.sentinel.now.heads
 
 # %% ../nbs/10_train.ipynb #c0067
 @patch
@@ -480,8 +480,8 @@ def _vectors(self:HeadLR):
 # %% ../nbs/10_train.ipynb #c0069
 @patch
 def _before(self:HeadLR, *_):
-    key = tuple(s.attn.sentinel.gate._version for s in self.model.sentinel.now)
-    if self._map is not self.model.sentinel.now: self._index(); self._key = None
+    key = tuple(s.attn.sentinel.gate._version for s in self.model.sentinel.now.heads)
+    if self._map is not self.model.sentinel.now.heads: self._index(); self._key = None
     if self._key != key or self.boosts: self._cut, self._key = self._vectors(), key
     self._old = [p.detach().index_select(dim, at) for p, dim, at, _ in self._cut]
 
@@ -597,7 +597,7 @@ def cycle(self:Plasticity, step:int) -> dict:
     stats, plan = self.look(batches), self.in_force()
     if (agency := m.sentinel.agency) is not None: agency.update(stats, step); plan = self.in_force()
     asked = self.controller.decide(stats, plan, step)
-    asked.check(m.sentinel.built)
+    asked.check(m.sentinel.built.heads)
     pairs = lambda t: [tuple(x) for x in t.nonzero().tolist()]
     closed = [h for h in pairs(plan.keep & ~asked.keep) if h not in self.returning()]
     opened = pairs(asked.keep & ~plan.keep)
