@@ -168,22 +168,23 @@ def detach_hook(sentinel):
 
 # %% ../nbs/01_gates.ipynb #c0126
 def mark_of(sentinel):
-    "What tells whether gates changed: the parameter, its version, the factors."
+    "What tells whether gates changed: the parameter, its version, whether it wants gradients, the factors."
     gate = sentinel._parameters['gate']
-    return gate, 0 if gate.is_inference() else gate._version, sentinel._buffers['factor']
+    return gate, 0 if gate.is_inference() else gate._version, gate.requires_grad, sentinel._buffers['factor']
 
 def has_changed(sentinel) -> bool:
     "May the gates be others than when they were last looked at?"
     seen, gate = sentinel.seen, sentinel._parameters['gate']
-    if seen is None or gate is not seen[0] or sentinel._buffers['factor'] is not seen[2]: return True
-    return not gate.is_inference() and gate._version != seen[1]
+    if seen is None or gate is not seen[0] or sentinel._buffers['factor'] is not seen[3]: return True
+    return gate.requires_grad != seen[2] or not gate.is_inference() and gate._version != seen[1]
 
 def look(sentinel, site):
     "Hook the gates if they do anything, and only then."
     sentinel.seen = mark_of(sentinel)
     if sentinel.folded is not None: return
     gate = sentinel.gate
-    is_one = sentinel.mode == 'static' and sentinel.factor is None and not (gate.is_meta or gate.is_inference()) and bool((gate == 1).all())
+    can_tell = not (gate.is_meta or gate.is_inference() or gate.requires_grad)
+    is_one = sentinel.mode == 'static' and sentinel.factor is None and can_tell and bool((gate == 1).all())
     if is_one: detach_hook(sentinel)
     elif not sentinel.tap or sentinel.tap[0][0] is not site.out: attach_hook(sentinel, site)
 
@@ -299,7 +300,7 @@ def adapt(
         for site in found: _place(site, config)
         if old and hasattr(m, 'sentinel_budget'): del m.sentinel_budget
         if config.sparsity is not None: m.sentinel_budget = Budget(next(iter(found)).module.sentinel.gate.device)
-        if state is None: start_state(m, config)
+        if state is None: start_state(m, config, found)
         else: state.config = config
         m.__class__ = adaptive_class(plain_class(m))
         _listen(m)

@@ -90,9 +90,9 @@ def need_state(
 def start_state(
     model:nn.Module, # A model without a state
     config, # The `GateConfig`
+    found:Sites, # Where its units are
 ) -> State:
     "Give a model its state."
-    found = sites(model)
     model.sentinel = State(config, found, found, HeadPlan.of(found))
     return model.sentinel
 

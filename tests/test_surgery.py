@@ -347,7 +347,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match='row_var'): compact(model, optimizer=opt)
     assert same_state(state(model), sd) and not model.sentinel.compact
     before = compact(model)
-    with pytest.raises(ValueError, match='layer 0 head 1, which left before'): compact(model, HeadPlan(before.exists, before.exists, before.kv, 'llama'))
+    with pytest.raises(ValueError, match='layer 0 head 1, which was removed before'): compact(model, HeadPlan(before.exists, before.exists, before.kv, 'llama'))
     with pytest.raises(RuntimeError, match='already'): replay(model, before)
     d = before.to_dict()
     with pytest.raises(ValueError, match='version 99'): HeadPlan.from_dict(d | dict(version=99))

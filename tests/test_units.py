@@ -1,0 +1,208 @@
+"""Channels and whole sublayers have the identities that heads have, on the architecture matrix.
+
+`pytest tests/test_units.py -k llama` runs one architecture.
+"""
+import copy
+import json
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, set_gates, unadapt, unmerge_gates
+from sentinel_ai.channels import sites
+from sentinel_ai.gates import closed_share, gate_penalty, harden_gates
+from sentinel_ai.heads import core_linear, in_dim
+from sentinel_ai.plan import HeadPlan
+from sentinel_ai.surgery import reattach, replay
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
+from test_surgery import attributes, close, n_params, padded, same_state, state, uneven  # noqa: E402
+
+torch.set_num_threads(1)
+EXPERTS = ['gpt_oss', 'granitemoe', 'minimax', 'mixtral', 'olmoe', 'phimoe', 'qwen3_moe']       # no MLP but routed experts
+WITH = [name for name in ALL if name not in EXPERTS]
+
+
+def some_closed(found, seed=0, empty=None):
+    "Gates of channels, about a third of them closed; `empty` names a layer (first or last) that loses all."
+    t = found.table()
+    shut = torch.rand(t.shape, generator=torch.Generator().manual_seed(seed)) < .35
+    if empty is not None: shut[[s.layer for s in found][empty]] = True
+    return torch.where(t.isnan(), t, torch.where(shut, 0., 1.))
+
+
+def masked(name, seed=0, empty=None, dtype=torch.float32, heads=False):
+    model = adapt(build(name, dtype))
+    set_gates(model, some_closed(model.sentinel.now.channels, seed, empty), 'channels')
+    return set_gates(model, uneven(model, seed)) if heads else model
+
+
+def zero_columns(model, table):
+    "What closing channels means, on the plain model."
+    with torch.no_grad():
+        for s in sites(model).channels:
+            w, shut = core_linear(s.out).weight, table[s.layer, :s.n] == 0
+            (w if in_dim(core_linear(s.out)) == 0 else w.T)[shut] = 0.
+    return model
+
+
+@pytest.mark.parametrize('name', WITH)
+def test_closed_channels_equal_zeroed_columns(name):
+    plain, model = build(name), masked(name)
+    table = gate_values(model, kind='channels')
+    want = logits(zero_columns(copy.deepcopy(plain), table))
+    assert torch.equal(logits(model), want) and not torch.equal(want, logits(plain))
+    cls, sd = type(plain), state(plain)
+    unadapt(model)
+    assert type(model) is cls and same_state(state(model), sd) and not hasattr(model, 'sentinel')
+
+
+@pytest.mark.parametrize('name', EXPERTS)
+def test_where_no_channels_can_be_read_heads_go_on_working(name):
+    model = adapt(build(name))
+    assert model.sentinel.now.channels is None
+    with pytest.raises(UnsupportedArchitecture): set_gates(model, 0., 'channels')
+    with pytest.raises(UnsupportedArchitecture): adapt(model, GateConfig('learned', kinds='channels'))
+    set_gates(model, {(next(iter(model.sentinel.now.heads)).layer, 0): 0.})
+    assert compact(model).removed == 1
+
+
+@pytest.mark.parametrize('seed,empty', [(0, None), (1, 0)], ids=['uneven', 'first-layer-empty'])
+@pytest.mark.parametrize('name', WITH)
+def test_compact_equals_masked_and_back(name, seed, empty):
+    model = masked(name, seed, empty)
+    ids, kw = padded()
+    want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)
+    cost, n = {s.layer: s.cost() for s in model.sentinel.now.channels}, n_params(model)
+    stays = any(s.stay for s in model.sentinel.now.channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plan = compact(model).channels
+    close(logits(model), want)
+    assert torch.equal(greedy(model, ids, **kw), tokens)
+    gone = sum(cost[l]*(e - k) for l, (e, k) in enumerate(zip(plan.built, plan.counts)) if l in cost)
+    left = n - n_params(model) - plan.removed            # a gate is pruned with each channel
+    assert left == gone or stays and left > gone
+    assert expand(model) is model and same_state(state(model), sd) and attributes(model) == before
+    assert torch.equal(logits(model), want) and not model.sentinel.compact
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'bloom', 'phi3', 'opt', 'falcon', 'gptj', 'moshi', 'deepseek_v3', 'ctrl'])
+def test_heads_and_channels_together(name, tmp_path):
+    "Both kinds closed and cut, saved, read, copied, pickled, and back."
+    model = masked(name, 3, heads=True)
+    want, sd = logits(model), state(model)
+    plan = compact(model)
+    small = logits(model)
+    close(small, want)
+    assert HeadPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), small)
+        assert same_state(state(expand(twin)), sd)
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert torch.equal(logits(back), small) and back.sentinel.plan == plan
+    assert same_state(state(expand(back)), sd)
+    with torch.device('meta'): empty = replay(type(model).__mro__[2](copy.deepcopy(model.config)), plan)
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    first = (plan.channels.exists & ~plan.channels.keep).nonzero()[0].tolist()
+    reattach(model, [first], kind='channels')
+    assert torch.equal(logits(model), small) or close(logits(model), small) is None
+    assert model.sentinel.plan.channels.keep[tuple(first)] and gate_values(model, kind='channels').eq(0).sum() == 1
+    assert same_state(state(expand(model)), sd)
+
+
+@pytest.mark.parametrize('name', LISTED_ALL)
+def test_bfloat16(name):
+    if name in EXPERTS: return
+    model = masked(name, 3, dtype=torch.bfloat16)
+    want, sd = logits(model), state(model)
+    compact(model)
+    close(logits(model), want, 2e-2)
+    assert same_state(state(expand(model)), sd)
+
+
+@pytest.mark.parametrize('name', SEED + ['phi3', 'moshi', 'gptj'])
+def test_optimizer_moments_are_cut_and_restored(name):
+    model = masked(name, 1)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(IDS, labels=IDS).loss.backward()
+    opt.step()
+    moments = {p: {k: v.clone() for k, v in s.items()} for p, s in opt.state.items()}
+    compact(model, optimizer=opt)
+    assert all(s['exp_avg'].shape == p.shape for p, s in opt.state.items())
+    expand(model, optimizer=opt)
+    assert all(torch.equal(v, moments[p][k]) for p, s in opt.state.items() for k, v in s.items())
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3'])
+def test_compiles_and_exports(name):
+    model = masked(name, 1)
+    compact(model)
+    torch._dynamo.reset()
+    with torch.no_grad(): got = torch.compile(model, backend='eager', fullgraph=True, dynamic=False)(IDS, use_cache=False).logits
+    close(got, logits(model))
+    program = torch.export.export(model, (IDS,), dict(use_cache=False), strict=False)
+    close(program.module()(IDS, use_cache=False).logits, logits(model, use_cache=False))
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'bloom', 'phi3', 'opt'])
+def test_merge_and_back(name):
+    model = adapt(build(name))
+    table = some_closed(model.sentinel.now.channels)
+    table[0, 1] = .37
+    want = logits(set_gates(model, table, 'channels'))
+    weights = [core_linear(s.out).weight.clone() for s in model.sentinel.now.channels]
+    torch.testing.assert_close(logits(merge_gates(model)), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match='unmerge_gates'): set_gates(model, 1., 'channels')
+    unmerge_gates(model)
+    assert all(torch.equal(core_linear(s.out).weight, w) for s, w in zip(model.sentinel.now.channels, weights))
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize('mode', ['learned', 'hard_concrete'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3'])
+def test_channel_gates_learn_under_a_budget(name, mode):
+    torch.manual_seed(0)
+    config = GateConfig(mode, sparsity=.4, unit='params', kinds=('heads', 'channels'), multiple=4, log_alpha=0.)
+    model = adapt(build(name), config).train()
+    (model(IDS, labels=IDS).loss + gate_penalty(model)).backward()
+    for s in model.sentinel.now:
+        p = s.module.sentinel.log_alpha if mode == 'hard_concrete' else s.module.sentinel.gate
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+    harden_gates(model)
+    assert model.sentinel.config.mode == 'static' and .3 < closed_share(model, 'params', ('heads', 'channels')) < .5
+    closed = (gate_values(model, kind='channels') == 0).sum(1)
+    assert (closed % 4 == 0).all()
+
+
+@pytest.mark.parametrize('name', SEED + ['phi3'])
+def test_open_gates_have_no_hook(name):
+    "A layer whose gates are all 1 costs nothing; a gate that is set, by hand or in a compiled model, is in force."
+    model = build(name)
+    before = [len(x._forward_pre_hooks) for x in model.modules()]
+    adapt(model)
+    hooks = [len(x._forward_pre_hooks) for x in model.modules() if type(x).__name__ != 'Sentinel']
+    assert sum(hooks) == sum(before) + 1
+    open_ = logits(model)
+    with torch.no_grad(): model.blocks[0]['mlp'].gate[3] = 0.
+    assert not torch.equal(logits(model), open_)
+    with torch.no_grad(): model.blocks[0]['mlp'].gate[3] = 1.
+    assert torch.equal(logits(model), open_)
+    logits(model)
+    assert sum(len(x._forward_pre_hooks) for x in model.modules()) == sum(hooks)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True, dynamic=False)
+    run = lambda: compiled(IDS, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(run(), open_)
+        set_gates(model, {(0, 3): 0.}, 'channels')
+        shut = run()
+        assert not torch.equal(shut, open_) and torch.equal(shut, logits(model, use_cache=False))
+        model.blocks[1]['attn'].gate[0] = 0.
+        assert torch.equal(run(), logits(model, use_cache=False)) and not torch.equal(run(), shut)
