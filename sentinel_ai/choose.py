@@ -482,7 +482,7 @@ def _close(pool, layer, count, total):
         i, _ = few.cheapest()
         saved += few.take(i)
         taken.append(i)
-    total += few.vectors[:, taken].double().sum(1)
+    if pool.units.vectors is not None: total += few.vectors[:, taken].double().sum(1)
     return saved
 
 def _even_out(pools, total, saved, goal):

@@ -276,6 +276,9 @@ def _save_memory(m, path):
     for i, ((l, h), r) in enumerate(m.sentinel.repairs.predictors.items()):
         t |= {f'predictor/{i}/{k}': v for k, v in r.items()}
         info.setdefault('predictors', []).append([l, h])
+    for l, records in m.sentinel.repairs.channels.items():
+        for i, r in enumerate(records): t |= {f'channels/{l}/{i}/{k}': v for k, v in r.items()}
+        info.setdefault('channels', []).append([l, len(records)])
     if not info: return path.unlink(missing_ok=True)
     t = {k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}
     write_tensors(path, t, sentinel_memory=str(FORMAT), info=json.dumps(info))
@@ -300,7 +303,9 @@ def recall_removed(m, path, hub):
         get = lambda k, default: st.get_tensor(k) if k in keys else default()
         rep = {n: (get(f'repair/{n}/old', lambda: None), get(f'repair/{n}/new', lambda: full_param(m, n).clone())) for n in info.get('repaired', ())}
         predictors = {(l, h): {k: st.get_tensor(f'predictor/{i}/{k}') for k in ('T', 't0', 'W')} for i, (l, h) in enumerate(info.get('predictors', ()))}
-    m.sentinel.repairs = RepairLog(rep, predictors)
+        channels = {l: [{k: st.get_tensor(f'channels/{l}/{i}/{k}') for k in ('units', 'T', 't0', 'W')} for i in range(n)]
+                    for l, n in info.get('channels', ())}
+    m.sentinel.repairs = RepairLog(rep, predictors, channels)
 
 # %% ../nbs/07a_saving.ipynb #c0038
 def model_card(

@@ -20,9 +20,11 @@ class RepairLog:
     "What the repairs of a model changed, enough to take them back."
     changed: dict = field(default_factory=dict)    # Parameter name to its value before the first repair (None: it wasn't there) and after the last
     predictors: dict = field(default_factory=dict) # (layer, head), in the order of pruning, to `T`, `t0` and `W`: how the others predict it
+    channels: dict = field(default_factory=dict)   # Layer to a list, in the order of pruning, of `units`, `T`, `t0` and `W` of channels
 
     def __bool__(self): return bool(self.changed)
-    def clear(self): self.changed.clear(); self.predictors.clear()
+    def clear(self):
+        for log in (self.changed, self.predictors, self.channels): log.clear()
 
 # %% ../nbs/00c_state.ipynb #c0008
 @dataclass
@@ -164,7 +166,8 @@ class _State:
     def __init__(self, state):
         self.state, self.fields, self.plan = state, dict(vars(state)), copy.deepcopy(state.plan)
         self.stash, self.grown = _copied(state.stash), _copied(state.grown)
-        self.changed, self.predictors = _copied(state.repairs.changed), _copied(state.repairs.predictors)
+        r = state.repairs
+        self.repairs = RepairLog(_copied(r.changed), _copied(r.predictors), _copied(r.channels))
         maps = [m for found in (state.built, state.now) for m in (found, found.heads, found.channels) if m is not None]
         self.maps = [(m, dict(vars(m))) for m in {id(m): m for m in maps}.values()]
         self.observers = [(x, x.snapshot()) for x in state.observers]
@@ -172,7 +175,7 @@ class _State:
     def restore(self):
         vars(self.state).update(self.fields)
         s = self.state
-        s.plan, s.stash, s.grown, s.repairs = self.plan, self.stash, self.grown, RepairLog(self.changed, self.predictors)
+        s.plan, s.stash, s.grown, s.repairs = self.plan, self.stash, self.grown, self.repairs
         for hm, fields in self.maps: vars(hm).update(fields)
         for observer, held in self.observers: observer.rollback(held)
 

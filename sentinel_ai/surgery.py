@@ -426,6 +426,8 @@ def _evaluating(m):
 
 def _no_cache(x): return type(x)(map(_no_cache, x)) if type(x) in (tuple, list) else None if isinstance(x, Cache) else x
 
+def _cloned(x): return type(x)(map(_cloned, x)) if type(x) in (tuple, list) else x.clone() if isinstance(x, Tensor) else x
+
 # %% ../nbs/03_surgery.ipynb #c0062
 @torch.no_grad()
 def observe_layers(m):
@@ -434,7 +436,8 @@ def observe_layers(m):
     ids = torch.randint(min(3, n.shape[0]-1), n.shape[0], (2, 8), generator=torch.Generator().manual_seed(0)).to(n.device)
     mask = torch.ones_like(ids); mask[1, :3] = 0
     def enter(key, mod, args, kwargs): seen.setdefault(key, [_no_cache(args), {k: _no_cache(v) for k, v in kwargs.items()}])
-    def leave(key, mod, args, out): seen[key] += [out][:3 - len(seen[key])]
+    def leave(key, mod, args, out):
+        if len(seen[key]) < 3: seen[key].append(_cloned(out))           # Falcon adds to it in place
     hooks = []
     for s in m.sentinel.now if state_of(m) is not None else ():
         key = s.kind, s.layer

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, set_gates, unadapt, unmerge_gates
+from sentinel_ai import (GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, prune, set_gates, unadapt,
+                         unmerge_gates, unprune)
 from sentinel_ai.channels import sites
 from sentinel_ai.gates import closed_share, gate_penalty, harden_gates
 from sentinel_ai.heads import core_linear, in_dim
@@ -176,8 +177,9 @@ def test_channel_gates_learn_under_a_budget(name, mode):
         p = s.module.sentinel.log_alpha if mode == 'hard_concrete' else s.module.sentinel.gate
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any()
     harden_gates(model)
-    assert model.sentinel.config.mode == 'static' and .3 < closed_share(model, 'params', ('heads', 'channels')) < .5
     closed = (gate_values(model, kind='channels') == 0).sum(1)
+    for kind in ('heads', 'channels'): set_gates(model, gate_values(model, kind=kind).ceil(), kind)
+    assert model.sentinel.config.mode == 'static' and .3 < closed_share(model, 'params', ('heads', 'channels')) < .5
     assert (closed % 4 == 0).all()
 
 
@@ -206,3 +208,68 @@ def test_open_gates_have_no_hook(name):
         assert not torch.equal(shut, open_) and torch.equal(shut, logits(model, use_cache=False))
         model.blocks[1]['attn'].gate[0] = 0.
         assert torch.equal(run(), logits(model, use_cache=False)) and not torch.equal(run(), shut)
+
+
+CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('name', SEED + ['phi3', 'mistral', 'gemma2', 'falcon', 'gptj', 'deepseek_v3', 'opt-post-norm'])
+def test_prune_under_a_budget_and_back(name, tmp_path):
+    "Both kinds under one budget of parameters: met, compact equals masked, saved and read, and back bit for bit."
+    model = build(name)
+    cls, sd, plain = type(model), state(model), logits(model)
+    size = n_params(model)
+    least = size - sum(s.cost()*s.n for s in sites(model).channels) - sites(model).heads.head_params()
+    budget = (least/size + 1)/2
+    plan = prune(model, params=budget, batches=CALIB, rounds=2, progress=False)
+    assert plan.removed + plan.channels.removed > 0 and plan.info['unit'] == 'params'
+    want = logits(model)
+    compact(model)
+    close(logits(model), want, 1e-4)
+    left = sum(p.numel() for n, p in model.named_parameters() if '.sentinel.' not in n)
+    assert left <= budget*size + 1e-6 and left > (budget - .1)*size
+    small = logits(model)
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert torch.equal(logits(back), small)
+    for m in (model, back):
+        unadapt(unprune(m))
+        assert type(m) is cls and torch.equal(logits(m), plain) and same_state(state(m), sd)
+
+
+@pytest.mark.parametrize('criterion', ['joint', 'fisher', 'repaired', 'flap', 'wanda', 'taylor', 'magnitude', 'random'])
+def test_every_criterion_chooses_both_kinds(criterion):
+    model = build('llama')
+    sd = state(model)
+    plan = prune(model, params=.9, batches=CALIB, rounds=1, criterion=criterion, progress=False)
+    assert plan.removed or plan.channels.removed
+    unadapt(unprune(model))
+    assert same_state(state(model), sd)
+
+
+@pytest.mark.parametrize('repair', ['none', 'linear', 'affine'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt'])
+def test_repair_of_channels_helps(name, repair):
+    model = build(name)
+    plain = logits(model, CALIB)
+    error = lambda how: (prune(model, params=.85, batches=CALIB, criterion='random', repair=how, rounds=1, progress=False),
+                         (logits(model, CALIB) - plain).square().mean(), unprune(model))[1]
+    assert error(repair) <= error('none')
+
+
+@pytest.mark.parametrize('bad, match', [
+    (dict(params=.9, kinds=('wings',)), 'kinds='), (dict(amount=.3, kinds=('heads', 'channels')), 'amount=0.3'),
+    (dict(params=.9, multiple=0), 'multiple=0'), (dict(params=.9, min_channels=99), 'min_channels=99'),
+    (dict(params=.9, protect_channels=[(0, 99)]), 'layer 0 channel 99'), (dict(params=.01), 'without any head and channel'),
+    (dict(params=.9, criterion='auto'), 'auto')])
+def test_bad_arguments_change_nothing(bad, match):
+    model = build('llama')
+    sd = state(model)
+    with pytest.raises(ValueError, match=match): prune(model, **(dict(batches=CALIB) | bad), progress=False)
+    assert type(model).__name__ == 'LlamaForCausalLM' and same_state(state(model), sd)
+
+
+def test_multiples_and_protection_hold():
+    model = build('llama', seed=2)
+    plan = prune(model, params=.85, batches=CALIB, rounds=2, multiple=8, min_channels=16, min_heads=1, protect_channels=[(0, 5)], progress=False)
+    assert all(n % 8 == 0 and n >= 16 for n in plan.channels.counts) and plan.channels.keep[0, 5] and min(plan.heads()) >= 1
