@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPAIRS', 'BIAS_FLAGS', 'CHANNEL_RIDGE', 'predict', 'holds_bias', 'repair_layer', 'change_param', 'undo_repair',
            'unprune', 'repair_share', 'out_weight', 'shift_repair', 'latency', 'prune', 'check_free', 'keep_one',
-           'close_heads']
+           'in_order', 'full_width', 'remove_bridge', 'close_heads']
 
 # %% ../nbs/03b_pruning.ipynb #c0002
 import copy, math, statistics, time, torch
@@ -561,7 +561,7 @@ def one_joint_round(self:_Job, m, goal):
     if goal <= sum(map(closed_cost, self.units_now(m))): return
     stats = measure(m, self.text(), self.needs(), repair=self.repair, progress=self.progress, kinds=self.kinds)
     kinds = self.units_now(m, dict(heads=self.head_prices(stats), channels=dict(worth=self.prices(stats, 'channels'))))
-    keep_one(kinds[0], stats['repaired'] if 'repaired' in stats.tables else kinds[0].worth)
+    keep_one(kinds[0], stats['repaired'] if kinds[0].worth is None else kinds[0].worth)
     close = choose_units(kinds, goal)
     self.apply_kinds(m, stats, dict(zip(self.kinds, close)), {k.kind: k.closed for k in kinds})
 
@@ -598,15 +598,119 @@ def head_prices(self:_Job, stats):
 @patch
 def apply_kinds(self:_Job, m, stats, close, closed):
     "Repair and close the units of both kinds."
-    _tell_memory(m, close['heads'] & ~closed['heads'], stats, self.optimizer)
+    new = {kind: close[kind] & ~closed[kind] for kind in close}
+    _tell_memory(m, new['heads'], stats, self.optimizer)
     how = dict(heads=(self.repair, self.lam), channels=(self.channel_repair, self.channel_lam))
+    emptied = [s for s in m.sentinel.now if s.kind in close and new[s.kind][s.layer, :s.n].any() and close[s.kind][s.layer, :s.n].all()]
     for site in m.sentinel.now:
-        new = (close[site.kind] & ~closed[site.kind])[site.layer, :site.n]
+        if site.kind not in close or any(site is e for e in emptied): continue
         moments, (repair, lam) = stats.of_kind(site.kind).grams.get(site.layer), how[site.kind]
-        if moments is None or not new.any(): continue
-        used = repair_layer(m, site, new, moments, repair, lam)
+        if moments is None or not new[site.kind][site.layer, :site.n].any(): continue
+        used = repair_layer(m, site, new[site.kind][site.layer, :site.n], moments, repair, lam)
         if used > lam: self.info.setdefault('ridge_raised', {})[f'{site.kind} {site.layer}'] = used
-    for kind in self.kinds: set_gates(m, torch.where(close[kind] & ~closed[kind], 0., math.nan), kind)
+    bridges = [] if self.repair == 'none' else self.measure_bridges(m, emptied, close)
+    for kind in close: set_gates(m, torch.where(new[kind], 0., math.nan), kind)
+    for bridge in bridges: self.put_bridge(m, *bridge, how)
+
+# %% ../nbs/03b_pruning.ipynb #c0077
+def in_order(m) -> list: # Sites
+    "Attention and MLPs of a model as it is, in the order of the layers."
+    now = m.sentinel.now
+    return sorted(now, key=lambda s: (s.layer, s.kind == 'channels'))
+
+def _last_open(order, site, close):
+    "The nearest layer before `site` that keeps units; None if there is none."
+    before = order[:next(i for i, s in enumerate(order) if s is site)]
+    for s in reversed(before):
+        gate = s.module.sentinel.gate.detach().cpu() != 0
+        shut = close[s.kind][s.layer, :s.n] if s.kind in close else ~gate
+        if (gate & ~shut).any() and core_linear(s.out).weight is not core_linear(site.out).weight: return s
+
+@patch
+@torch.no_grad()
+def measure_bridges(self:_Job, m, emptied, close):
+    "For each sublayer that is about to lose its last unit: the one that stands in for it, and the moments of both."
+    order = in_order(m)
+    pairs = [(site, prev) for site in emptied if (prev := _last_open(order, site, close)) is not None]
+    if not pairs: return []
+    seen, sums = {}, [dict(n=0, hh=0., zh=0., h=0., z=0.) for _ in pairs]
+    hooks = [s.out.register_forward_pre_hook(lambda mod, args, s=s: seen.__setitem__(id(s), args[0])) for pair in pairs for s in pair]
+    try:
+        with measuring(m):
+            m._sync()
+            for ids, mask, _ in self.batches:
+                m(ids.to(m.device), **forward_args(m, None if mask is None else mask.to(m.device)))
+                valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+                for (site, prev), d in zip(pairs, sums): _add_moments(d, site, prev, seen, valid)
+    finally:
+        for h in hooks: h.remove()
+    return [(site, prev, d) for (site, prev), d in zip(pairs, sums)]
+
+def _add_moments(d, site, prev, seen, valid):
+    "Add the moments of what `site` writes and of what `prev` gets."
+    rows = lambda x: x.reshape(-1, x.shape[-1])[valid.flatten().to(x.device)].float()
+    W = out_columns(site).flatten(0, 1).float()                                     # k o
+    gate, back = site.module.sentinel(sample=False).detach(), prev.module.sentinel(sample=False).detach()
+    z = (rows(seen[id(site)])*gate.repeat_interleave(site.width).to(W)) @ W.to(gate.device)
+    h = rows(seen[id(prev)])*back.repeat_interleave(prev.width).to(W)
+    for key, x in dict(n=len(h), hh=h.mT @ h, zh=z.mT @ h, h=h.sum(0), z=z.sum(0)).items(): d[key] = d[key] + x
+
+# %% ../nbs/03b_pruning.ipynb #c0078
+@patch
+@torch.no_grad()
+def put_bridge(self:_Job, m, site, prev, d, how):
+    "Let `prev` write what `site` wrote, as far as that can be predicted; take it back unless the loss falls."
+    repair, lam = how[prev.kind]
+    if repair == 'bias': return
+    hh, zh = d['hh'].double()/d['n'], d['zh'].double()/d['n']
+    mean_h, mean_z = d['h'].double()/d['n'], d['z'].double()/d['n']
+    if repair == 'affine': hh, zh = hh - torch.outer(mean_h, mean_h), zh - torch.outer(mean_z, mean_h)
+    _, L = enough_ridge(hh, lam, mean_h, own=prev.kind == 'channels')
+    B = torch.cholesky_solve(zh.mT, L).mT                                           # o k
+    before = self.short_loss(m)
+    with transaction(m) as trial:
+        change_param(m, prev, 'weight', B if in_dim(core_linear(prev.out)) == 1 else B.mT, add=True)
+        b = mean_z - B @ mean_h if repair == 'affine' else None
+        if b is not None: change_param(m, prev, 'bias', b, add=True)
+        lin = core_linear(prev.out)
+        name = next(n for n, p in m.named_parameters() if p is lin.weight).rpartition('.')[0]
+        m.sentinel.repairs.bridges[site.kind, site.layer] = dict(name=name, B=full_width(m, prev, B), b=None if b is None else b.float().cpu())
+        if not self.short_loss(m) < before: trial.rollback()
+
+@patch
+@torch.no_grad()
+def short_loss(self:_Job, m, batches=2):
+    "The loss on the first batches."
+    loss = 0.
+    with measuring(m):
+        for batch in self.batches[:batches]:
+            ids, mask, labels = (x if x is None else x.to(m.device) for x in batch)
+            loss += float(summed_loss(m(ids, **forward_args(m, mask)).logits, labels))
+    return loss
+
+def full_width(m, site, B):
+    "A matrix over the inputs that a layer has now as one over those that it was built with."
+    plan = m.sentinel.plan.of_kind(site.kind)
+    at = torch.tensor(plan.kept(site.layer)).repeat_interleave(site.width)*site.width + torch.arange(site.width).repeat(site.n)
+    full = torch.zeros(len(B), plan.built[site.layer]*site.width)
+    full[:, at] = B.float().cpu()
+    return full
+
+@torch.no_grad()
+def remove_bridge(
+    m:nn.Module, # The adapted model
+    kind:str, layer:int, # A sublayer that another stood in for
+):
+    "Take off what another sublayer writes in place of this one. Does nothing where there is no bridge."
+    bridge = m.sentinel.repairs.bridges.pop((kind, layer), None)
+    if bridge is None: return
+    name = bridge['name']
+    dim = in_dim(core_linear(m.get_submodule(name)))
+    reps = m.sentinel.repairs.changed
+    for leaf, delta in (('weight', -(bridge['B'] if dim == 1 else bridge['B'].mT)), ('bias', None if bridge['b'] is None else -bridge['b'])):
+        if delta is None: continue
+        put_full(m, f'{name}.{leaf}', delta, add=True)
+        if f'{name}.{leaf}' in reps: reps[f'{name}.{leaf}'] = reps[f'{name}.{leaf}'][0], full_param(m, f'{name}.{leaf}').clone()
 
 # %% ../nbs/03b_pruning.ipynb #c0044
 @patch

@@ -279,6 +279,9 @@ def _save_memory(m, path):
     for l, records in m.sentinel.repairs.channels.items():
         for i, r in enumerate(records): t |= {f'channels/{l}/{i}/{k}': v for k, v in r.items()}
         info.setdefault('channels', []).append([l, len(records)])
+    for (kind, l), r in m.sentinel.repairs.bridges.items():
+        t |= {f'bridge/{kind}/{l}/{k}': r[k] for k in ('B', 'b') if r[k] is not None}
+        info.setdefault('bridges', []).append([kind, l, r['name'], r['b'] is not None])
     if not info: return path.unlink(missing_ok=True)
     t = {k: v.contiguous().clone() for k, v in t.items()} or {'none': torch.zeros(1)}
     write_tensors(path, t, sentinel_memory=str(FORMAT), info=json.dumps(info))
@@ -305,7 +308,10 @@ def recall_removed(m, path, hub):
         predictors = {(l, h): {k: st.get_tensor(f'predictor/{i}/{k}') for k in ('T', 't0', 'W')} for i, (l, h) in enumerate(info.get('predictors', ()))}
         channels = {l: [{k: st.get_tensor(f'channels/{l}/{i}/{k}') for k in ('units', 'T', 't0', 'W')} for i in range(n)]
                     for l, n in info.get('channels', ())}
-    m.sentinel.repairs = RepairLog(rep, predictors, channels)
+        bridge = lambda kind, l, k: st.get_tensor(f'bridge/{kind}/{l}/{k}')
+        bridges = {(kind, l): dict(name=name, B=bridge(kind, l, 'B'), b=bridge(kind, l, 'b') if has_bias else None)
+                   for kind, l, name, has_bias in info.get('bridges', ())}
+    m.sentinel.repairs = RepairLog(rep, predictors, channels, bridges)
 
 # %% ../nbs/07a_saving.ipynb #c0038
 def model_card(

@@ -21,10 +21,11 @@ class RepairLog:
     changed: dict = field(default_factory=dict)    # Parameter name to its value before the first repair (None: it wasn't there) and after the last
     predictors: dict = field(default_factory=dict) # (layer, head), in the order of pruning, to `T`, `t0` and `W`: how the others predict it
     channels: dict = field(default_factory=dict)   # Layer to a list, in the order of pruning, of `units`, `T`, `t0` and `W` of channels
+    bridges: dict = field(default_factory=dict)    # (kind, layer) of a sublayer without units: `name` of the weight that stands in for it, `B`, `b`
 
     def __bool__(self): return bool(self.changed)
     def clear(self):
-        for log in (self.changed, self.predictors, self.channels): log.clear()
+        for log in (self.changed, self.predictors, self.channels, self.bridges): log.clear()
 
 # %% ../nbs/00c_state.ipynb #c0008
 @dataclass
@@ -167,7 +168,7 @@ class _State:
         self.state, self.fields, self.plan = state, dict(vars(state)), copy.deepcopy(state.plan)
         self.stash, self.grown = _copied(state.stash), _copied(state.grown)
         r = state.repairs
-        self.repairs = RepairLog(_copied(r.changed), _copied(r.predictors), _copied(r.channels))
+        self.repairs = RepairLog(*(_copied(x) for x in (r.changed, r.predictors, r.channels, r.bridges)))
         maps = [m for found in (state.built, state.now) for m in (found, found.heads, found.channels) if m is not None]
         self.maps = [(m, dict(vars(m))) for m in {id(m): m for m in maps}.values()]
         self.observers = [(x, x.snapshot()) for x in state.observers]

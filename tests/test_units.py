@@ -273,3 +273,27 @@ def test_multiples_and_protection_hold():
     model = build('llama', seed=2)
     plan = prune(model, params=.85, batches=CALIB, rounds=2, multiple=8, min_channels=16, min_heads=1, protect_channels=[(0, 5)], progress=False)
     assert all(n % 8 == 0 and n >= 16 for n in plan.channels.counts) and plan.channels.keep[0, 5] and min(plan.heads()) >= 1
+
+
+@pytest.mark.parametrize('kind', ['heads', 'channels'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt', 'phi3'])
+def test_a_sublayer_that_is_pruned_altogether(name, kind, tmp_path):
+    "Nothing of it runs, another stands in for it, saved and read it is the same, and all of it comes back."
+    model = build(name)
+    sd, plain = state(model), logits(model)
+    site = [s for s in sites(model) if s.kind == kind][1]
+    worth = lambda stats: torch.ones(stats.shape).index_fill(0, torch.tensor([site.layer]), 1e-6 if (stats.shape[1] > 8) == (kind == 'channels') else 1.)
+    cost = site.cost()*site.n if kind == 'channels' else sites(model).heads.head_params()/len(sites(model).heads)
+    prune(model, params=int(n_params(model) - cost), batches=CALIB, criterion=worth, repair='linear', rounds=1, progress=False)
+    plan = HeadPlan.from_gates(model)
+    assert plan.of_kind(kind).counts[site.layer] == 0
+    want = logits(model)
+    compact(model)
+    close(logits(model), want)
+    bridges = model.sentinel.repairs.bridges
+    model.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    assert torch.equal(logits(back), logits(model)) and back.sentinel.repairs.bridges.keys() == bridges.keys()
+    for m in (model, back):
+        unadapt(unprune(m))
+        assert torch.equal(logits(m), plain) and same_state(state(m), sd)
