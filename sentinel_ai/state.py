@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RepairLog', 'State', 'state_of', 'is_compact', 'built_heads', 'need_state', 'start_state', 'set_data', 'Transaction',
-           'transaction', 'will_write']
+           'transaction', 'will_write', 'will_replace']
 
 # %% ../nbs/00c_state.ipynb #c0003
 import contextlib, copy, threading, torch
 from dataclasses import dataclass, field
+from pathlib import Path
 from torch import nn, Tensor
 from .heads import HeadMap, base_model, head_map
 from .plan import HeadPlan
@@ -124,11 +125,16 @@ def set_data(
 
 class _Parameter:
     "What a parameter refers to."
-    def __init__(self, p): self.p, self.data, self.grad, self.wants = p, p.data, p.grad, p.requires_grad
+    def __init__(self, p):
+        self.p, self.data, self.grad, self.wants, self.hooks = p, p.data, p.grad, p.requires_grad, p._backward_hooks
+        self.inner = [] if self.hooks is None else [_Dict(self.hooks)]
+
     def restore(self):
         set_data(self.p, self.data)
         self.p.requires_grad_(self.wants)
         self.p.grad = self.grad
+        if self.p._backward_hooks is not self.hooks: self.p._backward_hooks = self.hooks
+        for x in self.inner: x.restore()
 
 class _Optimizer:
     "The groups of an optimiser and its state for each parameter."
@@ -173,7 +179,7 @@ _LOCAL = threading.local()   # the transaction in force, in each thread
 class Transaction:
     "What a model was before an edit."
     def __init__(self, model, optimizer=None):
-        m, self.outer, self.copies = base_model(model), getattr(_LOCAL, 'now', None), {}
+        m, self.outer, self.copies, self.files = base_model(model), getattr(_LOCAL, 'now', None), {}, {}
         config = getattr(m, 'config', None)
         self.held = [_Attributes(x) for x in m.modules()]
         self.held += [_Parameter(p) for p in m.parameters()]
@@ -190,15 +196,25 @@ class Transaction:
         data = t.data
         if not data.is_meta and id(t) not in self.copies: self.copies[id(t)] = (t, data, data.clone())
 
+    def will_replace(self, path):
+        "Remember what a file holds, before it is written or removed."
+        path = Path(path)
+        if path not in self.files: self.files[path] = path.read_bytes() if path.exists() else None
+
     def commit(self):
         "The edit is done; an outer transaction can still take it back."
-        if self.outer is not None: self.outer.copies = self.copies | self.outer.copies
+        if self.outer is None: return
+        for key, copy in self.copies.items(): self.outer.copies.setdefault(key, copy)
+        for path, held in self.files.items(): self.outer.files.setdefault(path, held)
 
     @torch.no_grad()
     def rollback(self):
         "Bring everything back."
         for x in self.held: x.restore()
-        for _, data, old in self.copies.values(): data.copy_(old)
+        for _, data, old in reversed(self.copies.values()): data.copy_(old)     # two names of one tensor: the first copy counts
+        for path, held in self.files.items():
+            if held is not None: path.write_bytes(held)
+            else: path.unlink(missing_ok=True)
 
 # %% ../nbs/00c_state.ipynb #c0022
 @contextlib.contextmanager
@@ -212,10 +228,11 @@ def transaction(
         _LOCAL.now = tx
         yield tx
         tx.commit()
+        _LOCAL.now = tx.outer                     # inside `try`: what breaks off here is taken back too
     except BaseException:
+        _LOCAL.now = tx.outer
         tx.rollback()
         raise
-    finally: _LOCAL.now = tx.outer
 
 def will_write(
     *tensors:Tensor, # Parameters, or what an optimiser or the stash keeps
@@ -224,3 +241,10 @@ def will_write(
     tx = getattr(_LOCAL, 'now', None)
     if tx is not None:
         for t in tensors: tx.will_write(t)
+
+def will_replace(
+    path, # A file
+):
+    "Say that a file is about to be written or removed, so that the transaction in force can bring it back."
+    tx = getattr(_LOCAL, 'now', None)
+    if tx is not None: tx.will_replace(path)

@@ -415,10 +415,12 @@ def differing_layers(m, origin, seen, layers):
             if l not in seen: continue
             args, kwargs, want = seen[l]
             try: why = _off(origin[l].attn(*args, **kwargs), want, mask)
+            except torch.OutOfMemoryError: raise                   # says nothing about the layer
             except Exception as e: why = f'{type(e).__name__}: {e}'
             if why: bad[l] = why
     if bad: return bad
     try: now = observe_layers(m)[0][mask].float()
+    except torch.OutOfMemoryError: raise
     except Exception as e: return dict.fromkeys(layers, f'{type(e).__name__}: {e}')
     then = logits[mask].float()
     off = ((now - then).norm()/then.norm()).item()
