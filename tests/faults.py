@@ -20,7 +20,7 @@ class fail_at_op(TorchDispatchMode):
     "Raise at the `n`-th operation (from 1) of a block; `count` says how many ran, `fired` where it was."
     def __init__(self, n=NEVER, kind=RuntimeError):
         super().__init__()
-        self.n, self.kind, self.count, self.fired = n, kind, 0, None
+        self.n, self.kind, self.count, self.fired, self.at_end = n, kind, 0, None, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
