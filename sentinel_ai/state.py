@@ -230,6 +230,7 @@ def transaction(
         tx.commit()
         _LOCAL.now = tx.outer                     # inside `try`: what breaks off here is taken back too
     except BaseException:
+        if getattr(_LOCAL, 'now', None) is not tx: raise       # an outer one has undone it already
         _LOCAL.now = tx.outer
         tx.rollback()
         raise
