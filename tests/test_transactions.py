@@ -195,11 +195,8 @@ def wrong(scene, before):
     return found
 
 
-# An ordinary run takes two of the models for each edit, in turn; FAULTS=... takes all
-PAIRS = [(edit, name) for i, edit in enumerate(EDITS) for j, name in enumerate(MODELS) if 'FAULTS' in os.environ or (i + j) % 2 == 0]
-
-
-@pytest.mark.parametrize('edit,name', PAIRS)
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('edit', EDITS)
 def test_a_fault_changes_nothing(edit, name, tmp_path):
     make, run = EDITS[edit]
     done, gen, found = make(name, tmp_path/'done'), random.Random(f'{edit} {name}'), []
@@ -214,8 +211,9 @@ def test_a_fault_changes_nothing(edit, name, tmp_path):
             if fault.fired is None: continue                 # a cache made the edit shorter
             bad = wrong(scene, before)
             if not bad: continue
-            over = came is None or fault.at_end and 'a transaction is still open' not in bad
-            if not over or not same_tensors(want, scene.picture()):
+            over = fault.at_end and same_tensors(want, scene.picture())
+            took = came is None and same_output(want, scene.picture())        # for a reason to do less: compact's check
+            if 'a transaction is still open' in bad or not (over or took):
                 found.append(f'{fault.kind.__name__} at {injector.__name__}({n}) {fault.fired}: {bad[:4]}')
             scene = make(name, tmp_path/f'{injector.__name__}-{n}')      # that one has changed
             before = scene.picture()
@@ -228,3 +226,6 @@ def same_tensors(a, b):
     "Do two pictures of different models show the same weights and the same output?"
     values = lambda x: {n: p['value'] for n, p in x['parameters'].items()}
     return not differences([a['logits'], values(a)], [b['logits'], values(b)])
+
+
+def same_output(a, b): return torch.allclose(a['logits'], b['logits'], atol=1e-5)
