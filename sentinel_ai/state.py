@@ -11,6 +11,7 @@ import contextlib, copy, threading, torch
 from dataclasses import dataclass, field
 from pathlib import Path
 from torch import nn, Tensor
+from .io import whole
 from .heads import HeadMap, base_model, head_map
 from .plan import HeadPlan
 
@@ -176,6 +177,10 @@ class _State:
 # %% ../nbs/00c_state.ipynb #c0021
 _LOCAL = threading.local()   # the transaction in force, in each thread
 
+def _put_back(path, held):
+    "Give a file its bytes again. Whoever still reads the newer one through a memory map keeps that."
+    with whole(path) as tmp: tmp.write_bytes(held)
+
 class Transaction:
     "What a model was before an edit."
     def __init__(self, model, optimizer=None):
@@ -213,8 +218,8 @@ class Transaction:
         for x in self.held: x.restore()
         for _, data, old in reversed(self.copies.values()): data.copy_(old)     # two names of one tensor: the first copy counts
         for path, held in self.files.items():
-            if held is not None: path.write_bytes(held)
-            else: path.unlink(missing_ok=True)
+            if held is None: path.unlink(missing_ok=True)
+            else: _put_back(path, held)
 
 # %% ../nbs/00c_state.ipynb #c0022
 @contextlib.contextmanager
