@@ -209,7 +209,7 @@ class Transaction:
     def commit(self):
         "The edit is done; an outer transaction can still take it back."
         if self.outer is None: return
-        for key, copy in self.copies.items(): self.outer.copies.setdefault(key, copy)
+        for key, held in self.copies.items(): self.outer.copies.setdefault(key, held)
         for path, held in self.files.items(): self.outer.files.setdefault(path, held)
 
     @torch.no_grad()
