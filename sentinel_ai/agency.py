@@ -6,7 +6,7 @@
 __all__ = ['FACTORS', 'HeadState', 'ConsentError', 'AgencyConfig', 'Agency', 'read_log']
 
 # %% ../nbs/05_agency.ipynb #c0002
-import json, operator, os, torch, warnings
+import contextlib, json, operator, os, torch, warnings
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
 from .gates import adapt, check_edit, is_adaptive
-from .state import state_of, transaction
+from .state import state_of, transaction, will_write
 from .surgery import HeadPlan, original_heads
 
 # %% ../nbs/05_agency.ipynb #c0009
@@ -163,9 +163,20 @@ def read_log(
 def _commit(self:Agency, tables, events, step=None):
     "Record what changes, then change it, then tell the model."
     if self.model is not None: _usable(self.model)
-    self._record(events)
-    self.tables, self.step = tables, self.step if step is None else step
-    if self.model is not None: self.sync()
+    with _whole(self):
+        self._record(events)
+        self.tables, self.step = tables, self.step if step is None else step
+        if self.model is not None: self.sync()
+
+@contextlib.contextmanager
+def _whole(agency):
+    "A change of an agency and of its model, whole or not at all."
+    model, held = agency.model, agency.snapshot()
+    try:
+        with contextlib.nullcontext() if model is None else transaction(model): yield
+    except BaseException:
+        agency.rollback(held)
+        raise
 
 @patch
 def _copy(self:Agency): return {k: t.clone() for k, t in self.tables.items()}
@@ -271,7 +282,7 @@ def attach(self:Agency,
     exists = HeadPlan.from_gates(m).exists if is_adaptive(m) else ~head_map(m).table().isnan()
     if self.exists is not None and not torch.equal(self.exists, exists): raise ValueError(
         f'this agency is about layers of {self.exists.sum(1).tolist()} heads, the model has {exists.sum(1).tolist()}; make a new Agency')
-    with transaction(m):
+    with _whole(self), transaction(m):
         adapt(m)
         if self.exists is None: self._start(exists)
         self.model, m.sentinel.agency = m, self
@@ -297,10 +308,11 @@ def detach(self:Agency) -> nn.Module: # The model
     "Leave the model: gates alone count again. States and consent stay in this object."
     m = self.model
     if m is None: raise RuntimeError('this agency is not attached to a model')
-    if is_adaptive(m):
-        for s in m.sentinel.now.heads: s.attn.sentinel.factor = None
-    if (state := state_of(m)) is not None: state.agency = None
-    self.model = None
+    with _whole(self):
+        if is_adaptive(m):
+            for s in m.sentinel.now.heads: s.attn.sentinel.factor = None
+        if (state := state_of(m)) is not None: state.agency = None
+        self.model = None
     return m
 
 @patch
@@ -308,15 +320,18 @@ def detach(self:Agency) -> nn.Module: # The model
 def bake(self:Agency) -> nn.Module: # The model
     "Multiply the factors into the gates and detach. The model computes the same; heads that were turned down count as active again."
     if self.model is None: raise RuntimeError('this agency is not attached to a model')
-    self.sync()
-    t, A = self._copy(), HeadState.ACTIVE
+    m, t, A = self.model, self._copy(), HeadState.ACTIVE
     turned = (t['state'] > A) & t['consent']
     events = [_event(self.step, 'agency', x, int(t['state'][tuple(x)]), A, 'factor baked into the gate', 'state') for x in turned.nonzero().tolist()]
-    self._record(events)
-    for s in self.model.sentinel.now.heads:
-        g, c = s.attn.sentinel.gate, s.attn.sentinel.config
-        g.copy_((g.clamp(0, 1) if c.mode == 'learned' else g) * s.attn.sentinel.factor)
-    m, self.tables = self.detach(), t | dict(state=t['state'].masked_fill(turned, A))
+    with _whole(self):
+        self.sync()
+        self._record(events)
+        for s in m.sentinel.now.heads:
+            g, c = s.attn.sentinel.gate, s.attn.sentinel.config
+            will_write(g)
+            g.copy_((g.clamp(0, 1) if c.mode == 'learned' else g) * s.attn.sentinel.factor)
+        self.detach()
+        self.tables = t | dict(state=t['state'].masked_fill(turned, A))
     return m
 
 # %% ../nbs/05_agency.ipynb #c0044
@@ -381,13 +396,14 @@ def update(self:Agency,
     exists, use, grad, taylor = self._measured(stats)
     step = self.step + 1 if step is None else operator.index(step)
     if self.model is not None: _usable(self.model)
-    if self.exists is None: self._start(exists)
-    t, was = self._copy(), self.tables['state']
-    self._listen(t, use, grad, taylor, use > 0 if self.model is None else HeadPlan.from_gates(self.model).keep)
-    then = _averaged(t, self.config.decay)
-    events = [_event(step, 'agency', x, int(was[x]), int(t['state'][x]), _why(then, x), 'state') for x in map(tuple, self._judge(t, then).nonzero().tolist())]
-    events += self._drop(t, step)
-    self._commit(t, events, step)
+    with _whole(self):
+        if self.exists is None: self._start(exists)
+        t, was = self._copy(), self.tables['state']
+        self._listen(t, use, grad, taylor, use > 0 if self.model is None else HeadPlan.from_gates(self.model).keep)
+        then = _averaged(t, self.config.decay)
+        events = [_event(step, 'agency', x, int(was[x]), int(t['state'][x]), _why(then, x), 'state') for x in map(tuple, self._judge(t, then).nonzero().tolist())]
+        events += self._drop(t, step)
+        self._commit(t, events, step)
     return events
 
 # %% ../nbs/05_agency.ipynb #c0047

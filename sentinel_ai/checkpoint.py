@@ -266,7 +266,8 @@ def reshape(
     if (state := state_of(m)) is not None:
         state.repairs.clear()
         state.plan.info.clear()
-        state.agency = state.memory = None
+        if state.agency is not None: state.agency.detach()
+        state.memory = None
     if not same: _to_original(m, optimizer)
     _set_biases(m, saved.get('biases', ()))
     _set_skips(m, saved['skips'])

@@ -431,8 +431,9 @@ def grow(
     if taken: raise RuntimeError(f'{", ".join(taken)} of this model speaks of its present {"heads" if layers is None else "layers"}; '
                                  'detach it, grow the model, and attach a new one')
     check_weights(m, 'grow', 'qkvo')
-    if layers is not None: _grow_layers(m, layers, optimizer)
-    else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
+    with transaction(m, optimizer):
+        if layers is not None: _grow_layers(m, layers, optimizer)
+        else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
     return model
 
 # %% ../nbs/04c_growth.ipynb #c0051

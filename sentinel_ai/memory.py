@@ -15,7 +15,7 @@ from .io import write_tensors
 from .heads import AttnSite, base_model
 from .gates import adapt, gate_values, is_adaptive
 from .surgery import head_slices, local_head, original_heads
-from .state import need_state, state_of, will_write
+from .state import need_state, state_of, transaction, will_replace, will_write
 
 # %% ../nbs/04a_memory.ipynb #c0008
 def sole(
@@ -136,6 +136,7 @@ def _unflat(tensors, meta):
     return rec
 
 def _write(path, tensors, meta):
+    will_replace(path)
     write_tensors(path, tensors, head_memory='1', meta=json.dumps(meta))
 
 def _read(path):
@@ -150,7 +151,7 @@ def attach(self:HeadMemory,
     model:nn.Module, # Any decoder; it is adapted if it isn't
 ) -> HeadMemory: # Itself
     "Remember every head that `prune` or `close_heads` closes from now on. Changes nothing about what the model computes."
-    need_state(adapt(model)).memory = self
+    with transaction(model): need_state(adapt(model)).memory = self
     return self
 
 @patch
@@ -177,9 +178,11 @@ def remember(self:HeadMemory,
         if i is None: raise ValueError(f'layer {l} head {h} is not in the model now; layers are 0 to {len(m.sentinel.now.heads)-1}, '
                                        f'layer {l} has heads {original_heads(m, l) if 0 <= l < len(m.sentinel.now.heads) else []}')
         todo.append(((l, h), m.sentinel.now.heads[l], i))
-    for key, site, i in todo: self._keep(key, *read_head(site, i, optimizer if self.keep_moments else None),
-                                         dict(gate=float(gates[site.layer, i]), step=step, stats=_values(m, stats, key, i)))
-    self._bound()
+    with transaction(m) as tx:
+        tx.hold(self)
+        for key, site, i in todo: self._keep(key, *read_head(site, i, optimizer if self.keep_moments else None),
+                                             dict(gate=float(gates[site.layer, i]), step=step, stats=_values(m, stats, key, i)))
+        self._bound()
 
 def _values(m, stats, key, i):
     "A head's entry in each table, whichever numbering the tables have."
@@ -218,6 +221,7 @@ def forget(self:HeadMemory,
 ):
     "Drop a record. Raises `KeyError` if there is none."
     self[key]
+    if self.folder: will_replace(self._file(key))
     self.records.pop(tuple(key))
     if self.folder: self._file(key).unlink(missing_ok=True)
 
@@ -237,20 +241,14 @@ def adjust(self:HeadMemory,
 # %% ../nbs/04a_memory.ipynb #c0035
 @patch
 def snapshot(self:HeadMemory):
-    "What `rollback` needs: the records, of those on disk the bytes of their files."
-    held = {k: r if isinstance(r, HeadRecord) else self[k] for k, r in self.records.items()}
-    copies = {k: HeadRecord(dict(r.values), dict(r.moments), dict(r.meta)) for k, r in held.items()}
-    return dict(self.records), copies, list(self.forgotten)
+    "What `rollback` needs: the records in RAM. Files are the matter of `will_replace`."
+    copied = lambda r: HeadRecord(dict(r.values), dict(r.moments), dict(r.meta)) if isinstance(r, HeadRecord) else r
+    return {k: copied(r) for k, r in self.records.items()}, list(self.forgotten)
 
 @patch
 def rollback(self:HeadMemory, held):
     "Go back to what `snapshot` saw."
-    records, copies, self.forgotten = held
-    for key in [k for k in self.records if k not in records]:
-        if self.folder: self._file(key).unlink(missing_ok=True)
-    changed = [k for k in records if self.records.get(k) is not records[k] or self.folder]
-    self.records = {k: r if self.folder else copies[k] for k, r in records.items()}
-    for key in changed if self.folder else (): _write(self._file(key), _flat(copies[key]), copies[key].meta)
+    self.records, self.forgotten = held
 
 # %% ../nbs/04a_memory.ipynb #c0025
 @patch
@@ -264,9 +262,9 @@ def release(self:HeadMemory,
     origin = m.sentinel.built.heads
     layers += [l for l, s in enumerate(m.sentinel.now.heads.sites) if s is None and origin.sites[l] is not None
                and all((l, h) in self for h in plan.exists[l].nonzero().flatten().tolist())]
-    for l in layers:
-        for name, r in m.sentinel.stash.items():
-            if not name.startswith(origin[l].path + '.'): continue
+    inside = lambda name: any(name.startswith(origin[l].path + '.') for l in layers)
+    with transaction(m):
+        for r in [r for name, r in m.sentinel.stash.items() if inside(name)]:
             freed += sum(t.numel()*t.element_size() for _, t in r.get('parts', []))
             r['parts'], r['state'] = [], {}
     return freed

@@ -745,7 +745,10 @@ def close_heads(
     _need(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
     check_edit(model, 'close')
     if repair != 'none': check_edit(model, 'repair')
-    m = base_model(adapt(model))
+    with transaction(model, optimizer): return _close(base_model(adapt(model)), heads, batches, stats, repair, ridge, optimizer, step)
+
+def _close(m, heads, batches, stats, repair, ridge, optimizer, step):
+    "What `close_heads` does."
     hm, leaving = m.sentinel.now.heads, torch.zeros(m.sentinel.now.heads.shape, dtype=torch.bool)
     for l, h in heads:
         i = local_head(m, l, h) if 0 <= l < len(hm) and hm.sites[l] is not None and 0 <= h < int(m.sentinel.plan.exists[l].sum()) else None
@@ -759,11 +762,10 @@ def close_heads(
         check_free(hm)
         _need(stats is not None and stats.grams or batches is not None, 'neither batches nor moments', "batches=, or stats= with 'gram' measured")
         if stats is None or not stats.grams: stats = measure(m, batches, 'gram', progress=False)
-    with transaction(m, optimizer):
-        _tell_memory(m, leaving, stats, optimizer, step)
-        for s in hm if repair != 'none' else ():
-            repair_layer(m, s, leaving[s.layer, :s.n_heads], _present(m, s, stats.grams[s.layer]), repair, ridge)
-        set_gates(m, torch.where(leaving, 0., math.nan))
+    _tell_memory(m, leaving, stats, optimizer, step)
+    for s in hm if repair != 'none' else ():
+        repair_layer(m, s, leaving[s.layer, :s.n_heads], _present(m, s, stats.grams[s.layer]), repair, ridge)
+    set_gates(m, torch.where(leaving, 0., math.nan))
     return HeadPlan.from_gates(m)
 
 def _present(m, site, gram):

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from .heads import UnsupportedArchitecture, base_model, check_weights, core_linear
 from .gates import adapt, gate_values, set_gates, need_adapted
 from .measure import HeadStats, measure
-from .surgery import HeadPlan, compact, full_param, head_slices, local_head, original_heads, put_full, reattach, check_ready
+from .surgery import (HeadPlan, full_param, head_slices, local_head, original_heads, put_full,
+                                 reattach, check_ready)
 from .state import transaction, will_write
 from .pruning import out_weight, repair_share, shift_repair, check_free
 from .memory import read_head, sole, write_head
@@ -37,13 +38,10 @@ def observe(
 @contextmanager
 def _attached(m, heads):
     "Removed heads behind closed gates, until the context ends."
-    state = m.sentinel
-    plan, stash = state.plan, {n: dict(r) for n, r in state.stash.items()}
-    with transaction(m):
+    with transaction(m) as trial:
         reattach(m, heads, blank=True)
         yield m
-        compact(m, plan, check=False)
-        state.stash = stash                            # as it was: what was blank isn't known
+        trial.rollback()
 
 # %% ../nbs/04b_regrow.ipynb #c0012
 STRATEGIES = ('gradient', 'mirror', 'entropy_gap', 'balanced', 'random')
@@ -166,7 +164,8 @@ class Regrowth:
         "One optimiser step further. A head whose gate somebody else has changed, or that was removed, is left alone from then on."
         if self.done: return False
         t = self.t
-        with transaction(self.model):
+        with transaction(self.model) as tx:
+            tx.hold(self)
             self._lead(self.share(t), self.share(t + 1))
             self.t = t + 1
         return not self.done

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RepairLog', 'State', 'state_of', 'is_compact', 'built_sites', 'built_heads', 'need_state', 'start_state', 'set_data',
-           'Transaction', 'transaction', 'will_write']
+           'Transaction', 'transaction', 'will_write', 'will_replace']
 
 # %% ../nbs/00c_state.ipynb #c0003
 import contextlib, copy, threading, torch
 from dataclasses import dataclass, field
+from pathlib import Path
 from torch import nn, Tensor
 from .channels import Sites, sites
+from .io import whole
 from .heads import HeadMap, base_model, head_map
 from .plan import HeadPlan
 
@@ -135,11 +137,16 @@ def set_data(
 
 class _Parameter:
     "What a parameter refers to."
-    def __init__(self, p): self.p, self.data, self.grad, self.wants = p, p.data, p.grad, p.requires_grad
+    def __init__(self, p):
+        self.p, self.data, self.grad, self.wants, self.hooks = p, p.data, p.grad, p.requires_grad, p._backward_hooks
+        self.inner = [] if self.hooks is None else [_Dict(self.hooks)]
+
     def restore(self):
         set_data(self.p, self.data)
         self.p.requires_grad_(self.wants)
         self.p.grad = self.grad
+        if self.p._backward_hooks is not self.hooks: self.p._backward_hooks = self.hooks
+        for x in self.inner: x.restore()
 
 class _Optimizer:
     "The groups of an optimiser and its state for each parameter."
@@ -183,10 +190,14 @@ class _State:
 # %% ../nbs/00c_state.ipynb #c0021
 _LOCAL = threading.local()   # the transaction in force, in each thread
 
+def _put_back(path, held):
+    "Give a file its bytes again. Whoever still reads the newer one through a memory map keeps that."
+    with whole(path) as tmp: tmp.write_bytes(held)
+
 class Transaction:
     "What a model was before an edit."
     def __init__(self, model, optimizer=None):
-        m, self.outer, self.copies = base_model(model), getattr(_LOCAL, 'now', None), {}
+        m, self.outer, self.copies, self.files = base_model(model), getattr(_LOCAL, 'now', None), {}, {}
         config = getattr(m, 'config', None)
         self.held = [_Attributes(x) for x in m.modules()]
         self.held += [_Parameter(p) for p in m.parameters()]
@@ -203,15 +214,25 @@ class Transaction:
         data = t.data
         if not data.is_meta and id(t) not in self.copies: self.copies[id(t)] = (t, data, data.clone())
 
+    def will_replace(self, path):
+        "Remember what a file holds, before it is written or removed."
+        path = Path(path)
+        if path not in self.files: self.files[path] = path.read_bytes() if path.exists() else None
+
     def commit(self):
         "The edit is done; an outer transaction can still take it back."
-        if self.outer is not None: self.outer.copies = self.copies | self.outer.copies
+        if self.outer is None: return
+        for key, held in self.copies.items(): self.outer.copies.setdefault(key, held)
+        for path, held in self.files.items(): self.outer.files.setdefault(path, held)
 
     @torch.no_grad()
     def rollback(self):
         "Bring everything back."
         for x in self.held: x.restore()
-        for _, data, old in self.copies.values(): data.copy_(old)
+        for _, data, old in reversed(self.copies.values()): data.copy_(old)     # two names of one tensor: the first copy counts
+        for path, held in self.files.items():
+            if held is None: path.unlink(missing_ok=True)
+            else: _put_back(path, held)
 
 # %% ../nbs/00c_state.ipynb #c0022
 @contextlib.contextmanager
@@ -225,10 +246,12 @@ def transaction(
         _LOCAL.now = tx
         yield tx
         tx.commit()
+        _LOCAL.now = tx.outer                     # inside `try`: what breaks off here is taken back too
     except BaseException:
+        if getattr(_LOCAL, 'now', None) is not tx: raise       # an outer one has undone it already
+        _LOCAL.now = tx.outer
         tx.rollback()
         raise
-    finally: _LOCAL.now = tx.outer
 
 def will_write(
     *tensors:Tensor, # Parameters, or what an optimiser or the stash keeps
@@ -237,3 +260,10 @@ def will_write(
     tx = getattr(_LOCAL, 'now', None)
     if tx is not None:
         for t in tensors: tx.will_write(t)
+
+def will_replace(
+    path, # A file
+):
+    "Say that a file is about to be written or removed, so that the transaction in force can bring it back."
+    tx = getattr(_LOCAL, 'now', None)
+    if tx is not None: tx.will_replace(path)

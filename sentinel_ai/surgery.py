@@ -471,10 +471,12 @@ def differing_layers(m, seen, layers):
             args, kwargs, want = seen[kind, l]
             module = (built.heads if kind == 'heads' else built.channels)[l].module
             try: why = _off(module(*args, **kwargs), want, mask)
+            except torch.OutOfMemoryError: raise                   # says nothing about the layer
             except Exception as e: why = f'{type(e).__name__}: {e}'
             if why: bad[kind, l] = why
     if bad: return bad
     try: now = observe_layers(m)[0][mask].float()
+    except torch.OutOfMemoryError: raise
     except Exception as e: return dict.fromkeys(layers, f'{type(e).__name__}: {e}')
     then = logits[mask].float()
     off = ((now - then).norm()/then.norm()).item()

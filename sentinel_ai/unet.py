@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
 from .heads import UnsupportedArchitecture, base_model, out_features, layer_stacks
-from .state import built_heads
+from .state import built_heads, transaction, will_write
 from .measure import HeadStats
 from .surgery import HeadPlan
 
@@ -181,12 +181,13 @@ def add_skips(
         f"dtype={dtype!r}: allowed is the name of a float type of torch such as 'float32'")
     pairs = _pairs(pairs, rows, m)
     blocks = {l: m.get_submodule(rows[l]) for pair in pairs for l in pair}
-    m.sentinel_skips = skips = SkipPathways(pairs, width, rank, norm, dtype, seed, {l: _device(b) for l, b in blocks.items()}).train(m.training)
-    m.get_submodule(holder).register_forward_pre_hook(skips.enter)
-    m.get_submodule(holder).register_forward_hook(skips.leave, always_call=True)
-    for p in skips.paths:
-        blocks[p.source].register_forward_hook(p.take)
-        blocks[p.target].register_forward_pre_hook(p.give, with_kwargs=True)
+    with transaction(m):
+        m.sentinel_skips = skips = SkipPathways(pairs, width, rank, norm, dtype, seed, {l: _device(b) for l, b in blocks.items()}).train(m.training)
+        m.get_submodule(holder).register_forward_pre_hook(skips.enter)
+        m.get_submodule(holder).register_forward_hook(skips.leave, always_call=True)
+        for p in skips.paths:
+            blocks[p.source].register_forward_hook(p.take)
+            blocks[p.target].register_forward_pre_hook(p.give, with_kwargs=True)
     return model
 
 # %% ../nbs/04_unet.ipynb #c0024
@@ -196,12 +197,13 @@ def remove_skips(
     "Take all pathways and their hooks off. Weights of the model aren't touched."
     m = base_model(model)
     mine = {id(x) for x in _skips(m).modules()}
-    for mod in m.modules():
-        pre, post = mod._forward_pre_hooks, mod._forward_hooks
-        for hooks, *more in ((pre, mod._forward_pre_hooks_with_kwargs), (post, mod._forward_hooks_with_kwargs, mod._forward_hooks_always_called)):
-            for k in [k for k, f in hooks.items() if id(getattr(f, '__self__', None)) in mine]:
-                for d in (hooks, *more): d.pop(k, None)
-    del m.sentinel_skips
+    with transaction(m):
+        for mod in m.modules():
+            pre, post = mod._forward_pre_hooks, mod._forward_hooks
+            for hooks, *more in ((pre, mod._forward_pre_hooks_with_kwargs), (post, mod._forward_hooks_with_kwargs, mod._forward_hooks_always_called)):
+                for k in [k for k, f in hooks.items() if id(getattr(f, '__self__', None)) in mine]:
+                    for d in (hooks, *more): d.pop(k, None)
+        del m.sentinel_skips
     return model
 
 def _skips(model):
@@ -226,7 +228,9 @@ def set_skip_gates(
     paths, v = _skips(model).paths, torch.as_tensor(values, dtype=torch.float32).cpu()
     if v.ndim and v.shape != (len(paths),): raise ValueError(f'gates of shape {tuple(v.shape)} were given; allowed is one number, or {len(paths)} of them')
     if not v.isfinite().all(): raise ValueError(f'gate {v[~v.isfinite()].flatten()[0].item():g} is not allowed; a gate is a finite number')
-    for p, g in zip(paths, v.expand(len(paths))): p.gate.fill_(g.item())
+    with transaction(model):
+        will_write(*(p.gate for p in paths))
+        for p, g in zip(paths, v.expand(len(paths))): p.gate.fill_(g.item())
     return model
 
 # %% ../nbs/04_unet.ipynb #c0048
