@@ -5,470 +5,527 @@
 # %% auto #0
 __all__ = ['INITS', 'ungrow', 'grow', 'init_small', 'flops_per_token']
 
-# %% ../nbs/04c_growth.ipynb #c0002
-import copy, itertools, re, torch
-from dataclasses import replace
+# %% ../nbs/04c_growth.ipynb #c0003
+import copy, itertools, torch
+from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from jaxtyping import Float
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from .heads import (AttnSite, UnsupportedArchitecture, base_model, check_weights, core_linear, head_map, in_dim,
-                               in_features, out_features, layer_stacks)
+from fastcore.basics import patch
+from transformers import AutoConfig, AutoModelForCausalLM
+from .heads import (AttnSite, UnsupportedArchitecture, base_model,
+                               check_weights, core_linear, head_map)
 from .plan import HeadPlan, grown_heads
-from .state import built_heads, is_compact, state_of, transaction, will_write
-from .gates import adapt, gate_values, is_adaptive, plain_class
-from .surgery import (full_param, head_slices, replay, all_back, apply_plan, differing_layers, look_before, heads_by_layer,
-                                 param_at, head_places, check_ready, shape_layer, model_size, unwire_attention, observe_layers, widen_map, wire_attention)
+from .state import built_heads, state_of, transaction, will_write
+from .gates import adapt, gate_values
+from .surgery import (
+    all_back, apply_plan, check_ready, differing_layers, full_param,
+    head_places, head_slices, look_before, model_size, param_at, replay,
+    shape_layer, unwire_attention, widen_map, wire_attention)
 from .regrow import drawn, strength
+from .layers import grow_layers
 
-# %% ../nbs/04c_growth.ipynb #c0009
+# %% ../nbs/04c_growth.ipynb #c0011
+def _new_groups(
+    kv:list, # The KV head of each head
+    best:list, # Open heads, strongest first
+    scores:Float[Tensor, ' h'], # How strong they are
+    many:int, # New groups
+    per:int, # Heads of a group
+) -> list: # (donor, KV head) of each new head
+    "Whole new groups, each made after one of the strongest."
+    def total(k): return sum(scores[h].item() for h in best if kv[h] == k)
+    groups = sorted({kv[h] for h in best}, key=total, reverse=True)
+    free, new = max(kv) + 1, []
+    for i in range(many):
+        group = groups[i % len(groups)]
+        donors = sorted(h for h in best if kv[h] == group)
+        new += [(donors[j % len(donors)], free + i) for j in range(per)]
+    return new
+
+# %% ../nbs/04c_growth.ipynb #c0013
 def _placed(
-    s:AttnSite, # The layer in its original size
+    site:AttnSite, # The layer as built
     n:int, # New heads
     scores:Float[Tensor, ' h'], # Of its heads, NaN where none may be split
 ) -> list: # (donor, KV head) of each new one
-    "Where new heads go and which head each takes after: whole groups first, then heads of the strongest ones' groups."
-    per, best = (s.native or s).group, scores.argsort(descending=True, stable=True).tolist()
-    best, kv, g = [h for h in best if not scores[h].isnan()], s.kv_of.tolist(), s.n_kv_heads
-    if not best: raise ValueError(f'layer {s.layer} has no open head to take after; reattach or open one of its heads first')
-    groups = sorted({kv[h] for h in best}, key=lambda k: -sum(scores[h].item() for h in best if kv[h] == k))
-    new, many = [], 0 if s.n_kv_heads == 1 else n//per            # with one KV head for all, all stay with it
-    for i in range(many):
-        donors = sorted(h for h in best if kv[h] == groups[i % len(groups)])
-        new += [(donors[j % len(donors)], g + i) for j in range(per)]
-    return new + [(h, kv[h]) for h in itertools.islice(itertools.cycle(best), n - len(new))]
-
-# %% ../nbs/04c_growth.ipynb #c0011
-def _wanted(hm, heads):
-    "`{layer: number of new heads}` from a number for all layers, a list or a dict; every entry is checked."
-    if isinstance(heads, dict): want = {hm[int(l)].layer: n for l, n in heads.items()}
-    elif isinstance(heads, (list, tuple)):
-        if len(heads) != len(hm): raise ValueError(f'heads has {len(heads)} entries; this model has {len(hm)} layers: one number for each is needed')
-        want = {hm[l].layer: n for l, n in enumerate(heads) if n != 0}
-    else: want = {s.layer: heads for s in hm}
-    for l, n in want.items():
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0: raise ValueError(f'layer {l}: {n!r} new heads; a whole number from 1 on is needed')
-    if not any(want.values()): raise ValueError('no new heads are asked for; give a number, {layer: number} or a list with a number for each layer')
-    return {l: n for l, n in want.items() if n}
-
-# %% ../nbs/04c_growth.ipynb #c0013
-INITS = ('split', 'zero')
-
-def _share(p, dim, idx): return p.detach().index_select(dim, idx.to(p.device))
-
-# %% ../nbs/04c_growth.ipynb #c0014
-@torch.no_grad()
-def _fill(m, now, big, local, new, init, gen, names):
-    "Give one new head its values, as a removed head that can come back. Returns what its donor was, if that changes."
-    note = None
-    for (name, dim, src, part), (_, _, idx, _) in zip(head_slices(now, local), head_slices(big, new)):
-        p = param_at(now.attn, name)
-        rec, old = m.sentinel.stash[names[id(p)]], _share(p, dim, src)
-        if any(torch.isin(idx, i).all() for i in (rec['held'], *(i for i, _ in rec['parts']))): continue     # a KV head that is there
-        if part == 'o' and init == 'split':
-            r = (torch.rand(len(src), generator=gen)*.4 + .3).to(old)
-            mine = old*(r if dim == old.ndim-1 else r[:, None])
-            value = old - mine
-            will_write(p)
-            p.index_copy_(dim, src.to(p.device), mine)
-            note = dict(name=names[id(p)], before=old.cpu(), after=mine.cpu(), new=value.cpu())
-        elif part == 'o': value = torch.zeros_like(old)
-        elif init == 'split' or name in {f for f, _, _ in now.extras}: value = old
-        else: value = torch.zeros_like(old) if name.endswith('bias') else drawn(m, old, gen)
-        rec['parts'].append((idx, value.cpu()))
-    return note
-
-# %% ../nbs/04c_growth.ipynb #c0016
-def _grow_heads(m, heads, init, optimizer, seed, scores):
-    check_ready(m, optimizer, 'grow')
-    before = m.sentinel.built.heads
-    plan, scores, want, gen = m.sentinel.plan, strength(m) if scores is None else scores, _wanted(before, heads), torch.Generator().manual_seed(seed)
-    if scores.shape != plan.keep.shape: raise ValueError(f'scores of shape {tuple(scores.shape)} were given; this model needs {tuple(plan.keep.shape)}')
-    _can_grow(m, before, plan, want)
-    scores = torch.where(strength(m).isnan(), float('nan'), scores.cpu().float())
-    new = {l: _placed(before[l], n, scores[l, :before[l].n_heads]) for l, n in want.items()}
-    hm = replace(before, sites=[s and (s.widen([(*x, init == 'split') for x in new[s.layer]]) if s.layer in new else s) for s in before.sites])
-    seen, names, gates = look_before(m), {id(p): n for n, p in m.named_parameters()}, plan.full(gate_values(m, effective=True))
-    reps = {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
-    state = m.sentinel
-    with transaction(m, optimizer):
-        widen_map(m, hm)
-        at = len(state.grown)
-        for l, pairs in new.items():
-            present = plan.kept(l)
-            for i, (donor, _) in enumerate(pairs):
-                h, gate = before[l].n_heads + i, gates[l, donor].item() if init == 'split' else 1.
-                note = _fill(m, state.now.heads[l], hm[l], present.index(donor), h, init, gen, names)
-                state.grown.append(dict(layer=l, head=h, donor=donor, gate=gate) | (note or {}))
-        keep = state.plan.keep.clone()
-        for n in state.grown[at:]: keep[n['layer'], n['head']] = True
-        apply_plan(m, replace(state.plan, keep=keep), optimizer)
-        _open(m, state.grown[at:])
-        if bad := differing_layers(m, seen, [('heads', l) for l in new]): raise UnsupportedArchitecture(
-            f'{type(m).__name__}: with further heads the attention is not what it was ({"; ".join(f"layer {l}: {w}" for (_, l), w in list(bad.items())[:2])}). '
-            'The model is as it was before.')
-        _move_repairs(m, reps)
+    "Where new heads go and which head each takes after: whole groups first."
+    ranked = scores.argsort(descending=True, stable=True).tolist()
+    best = [h for h in ranked if not scores[h].isnan()]
+    if not best: raise ValueError(
+        f'layer {site.layer} has no open head to take after; '
+        'reattach or open one of its heads first')
+    kv = site.kv_of.tolist()
+    per = (site.native or site).group
+    many = n//per if site.n_kv_heads > 1 else 0     # with one KV head, all share it
+    new = _new_groups(kv, best, scores, many, per)
+    rest = itertools.islice(itertools.cycle(best), n - len(new))
+    return new + [(h, kv[h]) for h in rest]
 
 # %% ../nbs/04c_growth.ipynb #c0017
-def _can_grow(m, hm, plan, want):
-    "Raise if a layer can't get further heads, before anything is changed."
+def _check_number(layer, n):
+    is_number = isinstance(n, int) and not isinstance(n, bool)
+    if not is_number or n < 0: raise ValueError(
+        f'layer {layer}: {n!r} new heads; a whole number from 1 on is needed')
+
+def _wanted(hm, heads):
+    "`{layer: number of new heads}`, each entry checked."
+    if isinstance(heads, dict):
+        want = {hm[int(l)].layer: n for l, n in heads.items()}
+    elif isinstance(heads, (list, tuple)):
+        if len(heads) != len(hm): raise ValueError(
+            f'heads has {len(heads)} entries; this model has {len(hm)} '
+            'layers: one number for each is needed')
+        want = {hm[l].layer: n for l, n in enumerate(heads) if n != 0}
+    else: want = {s.layer: heads for s in hm}
+    for l, n in want.items(): _check_number(l, n)
+    if not any(want.values()): raise ValueError(
+        'no new heads are asked for; give a number, {layer: number} '
+        'or a list with a number for each layer')
+    return {l: n for l, n in want.items() if n}
+
+# %% ../nbs/04c_growth.ipynb #c0020
+INITS = ('split', 'zero')
+
+@dataclass
+class _Filler:
+    "Makes the values of new heads."
+    model: nn.Module
+    init: str
+    gen: torch.Generator
+    def __post_init__(self):
+        params = self.model.named_parameters()
+        self.names = {id(p): n for n, p in params}
+
+    def halves(self, old, dim):
+        "A donor's output columns in two parts: what it keeps, and the rest."
+        width = old.shape[dim]
+        r = torch.rand(width, generator=self.gen)*.4 + .3
+        r = r.to(old)
+        kept = old*(r if dim == old.ndim-1 else r[:, None])
+        return kept, old - kept
+
+# %% ../nbs/04c_growth.ipynb #c0024
+@patch
+def value(self:_Filler, name, part, old, extras):
+    "A new head's part of a parameter that its donor doesn't give away."
+    if part == 'o': return torch.zeros_like(old)
+    if self.init == 'split' or name in extras: return old
+    if name.endswith('bias'): return torch.zeros_like(old)
+    return drawn(self.model, old, self.gen)
+
+# %% ../nbs/04c_growth.ipynb #c0027
+def _share(p, dim, idx):
+    return p.detach().index_select(dim, idx.to(p.device))
+
+def _is_there(record, idx):
+    "Does a parameter hold these places, or its record remember them?"
+    places = (record['held'], *(i for i, _ in record['parts']))
+    return any(torch.isin(idx, i).all() for i in places)
+
+# %% ../nbs/04c_growth.ipynb #c0029
+@patch
+@torch.no_grad()
+def fill(self:_Filler, now, big, local, new):
+    "Make head `new` after `local`; returns what its donor was, if it changes."
+    note, extras = None, {f for f, _, _ in now.extras}
+    slices = zip(head_slices(now, local), head_slices(big, new))
+    for (name, dim, src, part), (_, _, idx, _) in slices:
+        p = param_at(now.attn, name)
+        full_name = self.names[id(p)]
+        record, old = self.model.sentinel.stash[full_name], _share(p, dim, src)
+        if _is_there(record, idx): continue     # the KV head of an earlier one
+        if part == 'o' and self.init == 'split':
+            mine, value = self.halves(old, dim)
+            will_write(p)
+            p.index_copy_(dim, src.to(p.device), mine)
+            note = dict(name=full_name, before=old.cpu(),
+                        after=mine.cpu(), new=value.cpu())
+        else: value = self.value(name, part, old, extras)
+        record['parts'].append((idx, value.cpu()))
+    return note
+
+# %% ../nbs/04c_growth.ipynb #c0031
+def _owners(hm):
+    "`{id of a parameter: layers that read heads from it}`."
     owner = {}
     for s in hm:
-        for name in head_places(s, s, range(s.n_heads)): owner.setdefault(id(param_at(s.attn, name)), set()).add(s.layer)
+        for name in head_places(s, s, range(s.n_heads)):
+            p = param_at(s.attn, name)
+            owner.setdefault(id(p), set()).add(s.layer)
+    return owner
+
+def _can_grow(m, want):
+    "Raise if a layer can't get further heads, before anything is changed."
+    hm, plan = m.sentinel.built.heads, m.sentinel.plan
+    shared = [o for o in _owners(hm).values() if len(o) > 1]
     for l in want:
         hm[l].widen([])
-        if core_linear(hm[l].out).weight.is_meta: raise RuntimeError(f'layer {l} holds no data (meta); load the weights first')
+        if core_linear(hm[l].out).weight.is_meta: raise RuntimeError(
+            f'layer {l} holds no data (meta); load the weights first')
         if l in plan.columns: raise UnsupportedArchitecture(
-            f'layer {l}: of its removed heads only output columns left, so rows of further heads have no place; expand(model) first')
-        shared = [o for o in owner.values() if l in o and len(o) > 1]
-        if shared: raise UnsupportedArchitecture(f'layers {sorted(shared[0])} share weights; heads that grow in one would grow in all')
+            f'layer {l}: of its removed heads only output columns left, so '
+            'rows of further heads have no place; expand(model) first')
+        mine = [o for o in shared if l in o]
+        if mine: raise UnsupportedArchitecture(
+            f'layers {sorted(mine[0])} share weights; heads that grow in '
+            'one would grow in all')
+
+# %% ../nbs/04c_growth.ipynb #c0034
+def _chosen(m, heads, scores):
+    "The new heads of each layer, `{layer: [(donor, KV head), ...]}`; checked."
+    built, keep = m.sentinel.built.heads, m.sentinel.plan.keep
+    strong = strength(m)
+    if scores is None: scores = strong
+    want = _wanted(built, heads)
+    if scores.shape != keep.shape: raise ValueError(
+        f'scores of shape {tuple(scores.shape)} were given; '
+        f'this model needs {tuple(keep.shape)}')
+    _can_grow(m, want)
+    scores = torch.where(strong.isnan(), float('nan'), scores.cpu().float())
+    def placed(l, n): return _placed(built[l], n, scores[l, :built[l].n_heads])
+    return {l: placed(l, n) for l, n in want.items()}
+
+def _widened(hm, new, init):
+    "The head map with the new heads in it."
+    is_split = init == 'split'
+    def wide(s):
+        if s is None or s.layer not in new: return s
+        return s.widen([(*pair, is_split) for pair in new[s.layer]])
+    return replace(hm, sites=[wide(s) for s in hm.sites])
+
+# %% ../nbs/04c_growth.ipynb #c0037
+def _new_heads(filler, before, big, new, plan, gates):
+    "Fill the new heads of all layers; returns a note on each."
+    notes, now = [], filler.model.sentinel.now.heads
+    for l, pairs in new.items():
+        present = plan.kept(l)
+        for h, (donor, _) in enumerate(pairs, before[l].n_heads):
+            gate = gates[l, donor].item() if filler.init == 'split' else 1.
+            note = dict(layer=l, head=h, donor=donor, gate=gate)
+            local = present.index(donor)
+            given = filler.fill(now[l], big[l], local, h)
+            notes.append(note | (given or {}))
+    return notes
 
 @torch.no_grad()
 def _open(m, notes):
-    "Open the gates of new heads: a split head's gate is its donor's, so that the two scale alike."
-    for n in notes:
-        i = int(m.sentinel.plan.keep[n['layer'], :n['head']].sum())
-        m.sentinel.now.heads[n['layer']].attn.sentinel.gate[i] = n['gate']
+    "Open the gates of new heads; a split head's is its donor's."
+    for note in notes:
+        l, keep = note['layer'], m.sentinel.plan.keep
+        i = int(keep[l, :note['head']].sum())
+        m.sentinel.now.heads[l].attn.sentinel.gate[i] = note['gate']
 
-# %% ../nbs/04c_growth.ipynb #c0019
-def _move_repairs(m, was):
-    "Let what repair remembers have the shapes that parameters have now; `was`: those parameters before."
-    reps = m.sentinel.repairs.changed
-    for name, (old, new) in list(reps.items()):
-        full = full_param(m, name)
-        dim = next((d for d, (a, b) in enumerate(zip(full.shape, new.shape)) if a != b), None)
-        if dim is None: continue
-        fit = lambda t: _fit(t, dim, full.shape[dim])
-        now = full.clone() if torch.equal(was[name], new) else fit(new) + full - fit(was[name])
-        reps[name] = None if old is None else now + fit(old - new), now
-    for (l, _), r in m.sentinel.repairs.predictors.items():
-        s = m.sentinel.built.heads[l]
-        r['T'] = _fit(r['T'], 0, s.n_heads*s.head_dim)
+# %% ../nbs/04c_growth.ipynb #c0038
+def _check_attention(m, seen, layers):
+    "Raise if the attention of these layers isn't as it was."
+    bad = differing_layers(m, seen, [('heads', l) for l in layers])
+    if not bad: return
+    why = '; '.join(f'layer {l}: {w}' for (_, l), w in list(bad.items())[:2])
+    raise UnsupportedArchitecture(
+        f'{type(m).__name__}: with further heads the attention is '
+        f'not what it was ({why}). The model is as it was before.')
 
+# %% ../nbs/04c_growth.ipynb #c0042
+def _grow_heads(m, heads, init, optimizer, seed, scores):
+    check_ready(m, optimizer, 'grow')
+    state = m.sentinel
+    before, plan = state.built.heads, state.plan
+    new = _chosen(m, heads, scores)
+    big, seen = _widened(before, new, init), look_before(m)
+    filler = _Filler(m, init, torch.Generator().manual_seed(seed))
+    gates = plan.full(gate_values(m, effective=True))
+    was = _repaired(m)
+    with transaction(m, optimizer):
+        widen_map(m, big)
+        notes = _new_heads(filler, before, big, new, plan, gates)
+        state.grown += notes
+        keep = state.plan.keep.clone()
+        for note in notes: keep[note['layer'], note['head']] = True
+        apply_plan(m, replace(state.plan, keep=keep), optimizer)
+        _open(m, notes)
+        _check_attention(m, seen, list(new))
+        _move_repairs(m, was)
+
+# %% ../nbs/04c_growth.ipynb #c0044
 def _fit(t, dim, n):
     "Cut a tensor to `n` along `dim`, or fill it up with zeros."
-    k = n - t.shape[dim]
-    return t.narrow(dim, 0, n).clone() if k <= 0 else torch.cat([t, t.new_zeros([k if d == dim else s for d, s in enumerate(t.shape)])], dim)
+    missing = n - t.shape[dim]
+    if missing <= 0: return t.narrow(dim, 0, n).clone()
+    shape = list(t.shape)
+    shape[dim] = missing
+    return torch.cat([t, t.new_zeros(shape)], dim)
 
-# %% ../nbs/04c_growth.ipynb #c0021
+def _repaired(m):
+    "The parameters that repair has changed, as they are."
+    return {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
+
+# %% ../nbs/04c_growth.ipynb #c0046
+def _moved_repair(was, full, old, new):
+    "A repair's values before and after it, in the shape of `full`."
+    sizes = enumerate(zip(full.shape, new.shape))
+    dim = next((d for d, (a, b) in sizes if a != b), None)
+    if dim is None: return old, new
+    fit = lambda t: _fit(t, dim, full.shape[dim])
+    if torch.equal(was, new): now = full.clone()        # not trained since
+    else: now = fit(new) + full - fit(was)
+    if old is None: return None, now
+    return now + fit(old - new), now
+
+def _move_repairs(m, was):
+    "Give what repair remembers the present shapes; `was`: parameters before."
+    repairs = m.sentinel.repairs
+    for name, (old, new) in list(repairs.changed.items()):
+        full = full_param(m, name)
+        repairs.changed[name] = _moved_repair(was[name], full, old, new)
+    for (l, _), record in repairs.predictors.items():
+        site = m.sentinel.built.heads[l]
+        record['T'] = _fit(record['T'], 0, site.n_heads*site.head_dim)
+
+# %% ../nbs/04c_growth.ipynb #c0050
 def _put(m, name, idx, value):
     "Write a part of a parameter, wherever it is."
-    rec = m.sentinel.stash[name]
-    for held, t in [(rec['held'], m.get_parameter(name).data), *rec['parts']]:
+    record = m.sentinel.stash[name]
+    data = m.get_parameter(name).data
+    for held, t in [(record['held'], data), *record['parts']]:
         at = torch.isin(held, idx).nonzero().flatten()
-        if len(at): will_write(t); t.index_copy_(rec['dim'], at.to(t.device), value.to(t))
+        if not len(at): continue
+        will_write(t)
+        t.index_copy_(record['dim'], at.to(t.device), value.to(t))
 
+def _is_untrained(note, donor, new):
+    if 'after' not in note: return False                # of a loaded model
+    is_donor = torch.equal(donor, note['after'])
+    return is_donor and torch.equal(new, note['new'])
+
+# %% ../nbs/04c_growth.ipynb #c0051
 @torch.no_grad()
 def _rejoin(m, note):
     "Give a split head's donor its columns back."
-    if note.get('name') not in m.sentinel.stash: return                   # heads that began with columns of zeros
-    d, plan, gates = m.sentinel.built.heads[note['layer']].head_dim, m.sentinel.plan, m.sentinel.plan.full(gate_values(m, effective=True))
-    idx, mine = (torch.arange(note[k]*d, (note[k]+1)*d, device='cpu') for k in ('head', 'donor'))
-    full, dim = full_param(m, note['name']), m.sentinel.stash[note['name']]['dim']
-    now, new = full.index_select(dim, mine), full.index_select(dim, idx)
-    if 'after' in note and torch.equal(now, note['after']) and torch.equal(new, note['new']): return _put(m, note['name'], mine, note['before'])
-    g, a = gates[note['layer'], note['head']].nan_to_num(), gates[note['layer'], note['donor']].nan_to_num()
-    if plan.keep[note['layer'], note['head']] and a != 0: _put(m, note['name'], mine, now + new*(g/a))
+    state, name = m.sentinel, note.get('name')
+    if name not in state.stash: return          # it began with columns of zeros
+    l, h, donor = note['layer'], note['head'], note['donor']
+    d = state.built.heads[l].head_dim
+    def columns(head): return torch.arange(head*d, (head+1)*d, device='cpu')
+    full, dim = full_param(m, name), state.stash[name]['dim']
+    mine = columns(donor)
+    old = full.index_select(dim, mine)
+    new = full.index_select(dim, columns(h))
+    if _is_untrained(note, old, new):
+        return _put(m, name, mine, note['before'])
+    gates = state.plan.full(gate_values(m, effective=True)).nan_to_num()
+    if state.plan.keep[l, h] and gates[l, donor] != 0:
+        ratio = gates[l, h]/gates[l, donor]
+        _put(m, name, mine, old + new*ratio)
 
-# %% ../nbs/04c_growth.ipynb #c0022
-def _drop(m, old, notes, optimizer):
-    "Let the model be about the heads of the map `old` again: drop heads that are beyond them."
-    state = m.sentinel
-    hm = state.built.heads
-    if all(a is b for a, b in zip(hm.sites, old.sites)): return
+# %% ../nbs/04c_growth.ipynb #c0055
+def _renumber_back(record, dim, idx):
+    "Number a parameter's places as before it grew; the others are forgotten."
+    at = torch.full((record['size'],), -1, device='cpu')
+    at[idx] = torch.arange(len(idx), device='cpu')
+    def move(parts):
+        res = []
+        for i, t in parts:
+            known = (at[i] >= 0).nonzero().flatten()
+            if len(known):
+                res.append((at[i][known], t.index_select(dim, known)))
+        return res
+    record.update(size=len(idx), held=at[record['held']],
+                  parts=move(record.get('parts', [])))
+    if 'state' in record:
+        record['state'] = {k: move(v) for k, v in record['state'].items()}
+
+# %% ../nbs/04c_growth.ipynb #c0057
+def _drop_layer(m, big, old, names, optimizer):
+    "Remove the heads of a layer that `old` doesn't have; returns its site now."
+    state, l = m.sentinel, big.layer
+    now, columns = state.plan.kept(l), l in state.plan.columns
+    keep = [h for h in now if h < old.n_heads]
+    shape_layer(big, now, keep, columns, state.stash,
+                names, optimizer, state.config)
+    places = head_places(big, old, range(old.n_heads))
+    for name, (dim, _, idx) in places.items():
+        p = param_at(old.attn, name)
+        _renumber_back(state.stash[names[id(p)]], dim, idx)
+    is_whole = len(keep) == old.n_heads
+    site = old if is_whole else old.narrow(keep, columns)
+    unwire_attention(big)
+    wire_attention(old, site, keep, columns)
+    return site
+
+# %% ../nbs/04c_growth.ipynb #c0059
+def _drop_notes(m, notes):
+    "Rejoin what heads have split, last one first, and forget them."
     for note in reversed(notes): _rejoin(m, note)
-    state.grown = [n for n in state.grown if not any(n is x for x in notes)]
-    plan, names, sites = state.plan, {id(p): n for n, p in m.named_parameters()}, list(state.now.heads.sites)
-    for l, (b, s) in enumerate(zip(hm.sites, old.sites)):
-        if b is not s: sites[l] = _drop_layer(m, b, s, plan, state.stash, names, optimizer)
+    mine = {id(x) for x in notes}
+    m.sentinel.grown = [n for n in m.sentinel.grown if id(n) not in mine]
+
+def _old_plan(plan, old):
+    "A plan with the heads of the map `old` only."
     new = HeadPlan.of(old)
     keep = _fit(plan.keep, 1, new.keep.shape[1]) & new.exists
-    state.plan = replace(new, keep=keep, columns=plan.columns, info=plan.info, channels=plan.channels)
+    return replace(new, keep=keep, columns=plan.columns,
+                   info=plan.info, channels=plan.channels)
+
+# %% ../nbs/04c_growth.ipynb #c0061
+def _drop(m, old, notes, optimizer):
+    "Drop the heads that the map `old` doesn't have."
+    state = m.sentinel
+    big = state.built.heads
+    if all(a is b for a, b in zip(big.sites, old.sites)): return
+    _drop_notes(m, notes)
+    names = {id(p): n for n, p in m.named_parameters()}
+    sites = list(state.now.heads.sites)
+    for l, (b, s) in enumerate(zip(big.sites, old.sites)):
+        if b is not s: sites[l] = _drop_layer(m, b, s, names, optimizer)
+    state.plan = _old_plan(state.plan, old)
     now = replace(old, sites=sites, n_params=model_size(m))
-    state.built, state.now = replace(state.built, heads=old), replace(state.now, heads=now)
-    if state.plan.whole: old.n_params = model_size(m); all_back(m)
+    state.built = replace(state.built, heads=old)
+    state.now = replace(state.now, heads=now)
+    if state.plan.whole:
+        old.n_params = model_size(m)
+        all_back(m)
 
-def _drop_layer(m, b, s, plan, recs, names, optimizer):
-    now, columns = plan.keep[b.layer].nonzero().flatten().tolist(), b.layer in plan.columns
-    keep = [h for h in now if h < s.n_heads]
-    shape_layer(b, now, keep, columns, recs, names, optimizer, m.sentinel.config)
-    for name, (dim, _, idx) in head_places(b, s, range(s.n_heads)).items(): _renumber_back(recs[names[id(param_at(s.attn, name))]], dim, idx)
-    s1 = s if len(keep) == s.n_heads else s.narrow(keep, columns)
-    unwire_attention(b)
-    wire_attention(s, s1, keep, columns)
-    return s1
-
-def _renumber_back(rec, dim, idx):
-    "The inverse of surgery's renumbering; parts of heads that are gone are forgotten."
-    at = torch.full((rec['size'],), -1, device='cpu'); at[idx] = torch.arange(len(idx), device='cpu')
-    def move(parts):
-        known = [(at[i], t, (at[i] >= 0).nonzero().flatten()) for i, t in parts]
-        return [(i[k], t.index_select(dim, k)) for i, t, k in known if len(k)]
-    rec.update(size=len(idx), held=at[rec['held']], parts=move(rec.get('parts', [])))
-    if 'state' in rec: rec['state'] = {k: move(v) for k, v in rec['state'].items()}
-
-# %% ../nbs/04c_growth.ipynb #c0023
+# %% ../nbs/04c_growth.ipynb #c0063
 def _notes(m, hm):
-    "What is known about each head that grew; of a model that was loaded only what the plan says."
-    known, names = {(n['layer'], n['head']): n for n in m.sentinel.grown}, {id(p): n for n, p in m.named_parameters()}
-    out = lambda s: names[id(core_linear(s.out).weight)]
-    return [known.get((s.layer, h), dict(layer=s.layer, head=h, donor=d) | (dict(name=out(s)) if split else {}))
-            for s in hm if s.native for h, (d, split) in enumerate(s.donors, s.native.n_heads)]
+    "What is known about each head that grew."
+    known = {(n['layer'], n['head']): n for n in m.sentinel.grown}
+    names = {id(p): n for n, p in m.named_parameters()}
+    res = []
+    for s in hm:
+        if not s.native: continue
+        for h, (donor, is_split) in enumerate(s.donors, s.native.n_heads):
+            note = dict(layer=s.layer, head=h, donor=donor)
+            if is_split: note['name'] = names[id(core_linear(s.out).weight)]
+            res.append(known.get((s.layer, h), note))
+    return res
 
+# %% ../nbs/04c_growth.ipynb #c0064
 def ungrow(
     model:nn.Module, # A model whose heads grew
-    optimizer:torch.optim.Optimizer|None=None, # Its moments are cut with the parameters
+    optimizer:torch.optim.Optimizer|None=None, # Its moments are cut too
 ) -> nn.Module: # The same model with the heads that its config says
-    "Drop all heads that `grow` added. Bit for bit what it was, if neither they nor a split head's donor were trained."
+    "Drop all heads that `grow` added; bit for bit, if neither they nor donors were trained."
     m = base_model(model)
     hm = built_heads(m)
-    if not grown_heads(hm): raise RuntimeError('no heads of this model grew; grow(model, heads=...) does that')
+    if not grown_heads(hm): raise RuntimeError(
+        'no heads of this model grew; grow(model, heads=...) does that')
     check_ready(model, optimizer, 'grow')
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
-    keep = _fit(m.sentinel.plan.keep, 1, native.shape[1]) & HeadPlan.of(native).exists
-    if not keep.any(): raise ValueError('only heads that grew are left; reattach one of the others first')
-    was = {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
+    old = HeadPlan.of(native).exists
+    keep = _fit(m.sentinel.plan.keep, 1, native.shape[1]) & old
+    if not keep.any(): raise ValueError(
+        'only heads that grew are left; reattach one of the others first')
+    was = _repaired(m)
     with transaction(m, optimizer):
         _drop(m, native, _notes(m, hm), optimizer)
         _move_repairs(m, was)
     return model
 
-# %% ../nbs/04c_growth.ipynb #c0025
-_LAST = r'down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2|wo|out_proj|o_proj|output_linear|dense|out_lin|linear_out|lin2|proj_2|Wo|down|2'
-
-def _ends(layer, sites, width):
-    "The parameters of a layer with which it writes to the residual stream."
-    res, attn = [], [s.attn for s in sites]
-    for s in attn: res += list(core_linear(s.get_submodule(next(x.out_name for x in sites if x.attn is s))).parameters(recurse=False))
-    inside = {id(x) for a in attn for x in a.modules()}
-    rest = [(n, x) for n, x in layer.named_modules() if id(x) not in inside]
-    lin = [(n, x) for n, x in rest if getattr(getattr(x, 'weight', None), 'ndim', 0) == 2 and not isinstance(x, nn.Embedding) and out_features(x) == width]
-    last = [x for n, x in lin if re.fullmatch(_LAST, n.rpartition('.')[2])] or [x for _, x in lin if in_features(x) != width]
-    for x in last: res += list(x.parameters(recurse=False))
-    for n, x in rest:                                             # experts: [expert, in, out] and their biases [expert, out]
-        res += [p for k, p in x.named_parameters(recurse=False) if p.ndim > 1 and not any(x is y for _, y in lin) and
-                re.fullmatch(rf'({_LAST})(_bias)?', n.rpartition('.')[2] if k == 'weight' else k) and not isinstance(x, (nn.Linear, nn.Embedding))]
-    return res
-
-# %% ../nbs/04c_growth.ipynb #c0028
-_DEEP = ('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'decoder_layers', 'num_decoder_layers')
-_FIRST = ('first_k_dense_replace', 'num_dense_layers')           # so many layers at the start are of another kind
-
-def _respell(k, v, order, n):
-    "A config's value for the layers in `order`, if it has an entry for each of `n` layers or is about some of them."
-    if re.search('indices|idxs|only_layers', k) and isinstance(v, (list, tuple)): return type(v)(i for i, l in enumerate(order) if l in v)
-    per_layer = re.search('layer|block|pattern|window|rope', k) and isinstance(v, (list, tuple, str)) and len(v) == n
-    if per_layer: return ''.join(v[l] for l in order) if isinstance(v, str) else type(v)(v[l] for l in order)
-    return sum(l < v for l in order) if k in _FIRST and isinstance(v, int) else v
-
-def _deeper(config, order, n):
-    "Configs that may be the one for a model whose layers are those in `order` of a model with `n`."
-    names = [k for k in _DEEP if getattr(config, k, None) == n]
-    for some in [[k] for k in names] + [names]:
-        cfg = copy.deepcopy(config)
-        try:
-            for k, v in vars(config).items():
-                if not k.startswith('_') and (new := _respell(k, v, order, n)) is not v: setattr(cfg, k, new)
-            if getattr(cfg, 'attention_types', None): cfg.attention_types = [[list(cfg.attention_layers), 1]]     # GPT-Neo
-            for k in some: setattr(cfg, k, len(order))
-        except (AttributeError, ValueError, TypeError): continue
-        yield cfg
-
-# %% ../nbs/04c_growth.ipynb #c0030
-def _settings(x): return {k: v for k, v in vars(x).items() if type(v) in (int, float, bool, str, type(None)) and k[0] != '_'}
-
-def _twins(m, key, order):
-    "An empty model of a deeper config that fits, and what changes in each module: `(config, {module: {setting: (old, new)}})`."
-    n, cls, why = len(m.get_submodule(key)), plain_class(m), 'its config does not say how many layers there are'
-    with torch.device('meta'): old = cls(copy.deepcopy(m.config))
-    kinds = lambda x: {k: v.shape for k, v in x.state_dict().items()}
-    for cfg in _deeper(m.config, order, n):
-        try:
-            with torch.device('meta'): new = cls(copy.deepcopy(cfg))
-        except Exception as e: why = f'{type(e).__name__}: {e}'; continue
-        if len(new.get_submodule(key)) != len(order): continue
-        changes, bad = {}, [f'layer {i}' for i, l in enumerate(order) if kinds(new.get_submodule(key)[i]) != kinds(old.get_submodule(key)[l])]
-        for name, x in new.named_modules():
-            a, b = _settings(old.get_submodule(_before(name, key, order))) if not bad else {}, _settings(x)
-            diff = {k: (a.get(k), v) for k, v in b.items() if a.get(k) != v} if not bad else {}
-            bad += [f'{name}.{k}' for k in diff if not re.search('idx|layer|index', k) or 'type' in k]
-            if diff: changes[name] = diff
-        if not bad: return cfg, changes
-        why = f'a model of the deeper config differs in {bad[:3]}'
-    raise UnsupportedArchitecture(f'{cls.__name__} cannot get further layers: {why}. The model is as it was before.')
-
-def _before(name, key, order):
-    "The name that a module of the deeper model had before."
-    if not name.startswith(key + '.'): return name
-    i, dot, rest = name[len(key)+1:].partition('.')
-    return f'{key}.{order[int(i)]}{dot}{rest}'
-
-# %% ../nbs/04c_growth.ipynb #c0031
-def _copied(layer, ends):
-    "A copy of a layer that writes nothing to the residual stream; the configs that its modules refer to stay the model's."
-    cfgs = [c for x in layer.modules() for c in [vars(x).get('config')] for c in (c, getattr(c, '__dict__', {}).get('base')) if isinstance(c, PreTrainedConfig)]
-    memo = {id(c): c for c in cfgs}
-    new = copy.deepcopy(layer, memo)
-    with torch.no_grad():
-        for p in ends: memo[id(p)].zero_()
-    return new
-
-def _look(m):
-    "Logits of a few tokens, one row padded, at those that count."
-    logits, mask, _ = observe_layers(m)
-    return logits[mask]
-
-# %% ../nbs/04c_growth.ipynb #c0032
-def _settle(m, key, layers, cfg, changes):
-    "Give a model these layers, this config and these settings."
-    stack, config = m.get_submodule(key), m.config
-    stack._modules = {str(i): x for i, x in enumerate(layers)}
-    old = vars(config)
-    for k, v in vars(cfg).items():
-        if k not in old or old[k] != v: config.__dict__[k] = v
-    for name, diff in changes.items():
-        x = m.get_submodule(name)
-        for k, (before, after) in diff.items():
-            if vars(x).get(k) == before: setattr(x, k, after)
-
-# %% ../nbs/04c_growth.ipynb #c0033
-def _after(m, hm, layers):
-    "The list that holds the layers, and the order of the old layers in the new model; checked."
-    stacks = layer_stacks([s.path for s in hm], m)
-    key = next(iter(stacks))
-    if len(stacks) != 1 or not key or len(m.get_submodule(key)) != len(hm) or any(s.shared_by for s in hm): raise UnsupportedArchitecture(
-        f'{type(m).__name__} cannot get further layers: one list with a row of the head map for each layer is needed; its attention lies in {list(stacks)}')
-    n, layers = len(hm), sorted(layers if isinstance(layers, (list, tuple)) else [layers])
-    if not layers or any(type(l) is not int or not 0 <= l < n for l in layers): raise ValueError(
-        f'layers={layers}: the layers after which a copy is put are needed; this model has layers 0 to {n-1}')
-    return key, sorted([*range(n), *layers])
-
-def _grow_layers(m, layers, optimizer):
-    if is_compact(m): adapt(m)
-    hm = built_heads(m)
-    key, order = _after(m, hm, layers)
-    old, first = list(m.get_submodule(key)), next(iter(hm))
-    fresh = [i for i, l in enumerate(order) if i and order[i-1] == l]
-    cfg, changes = _twins(m, key, order)
-    width = core_linear(first.out).weight.shape[1 - in_dim(first.out)]
-    copies = {i: _copied(old[order[i]], _ends(old[order[i]], [s for s in hm if s.layer == order[i]], width)) for i in fresh}
-    names, want = {id(p): k for k, p in m.named_parameters()}, _look(m)
-    with transaction(m, optimizer):
-        _settle(m, key, [copies.get(i, old[l]) for i, l in enumerate(order)], cfg, changes)
-        if not torch.equal(got := _look(m), want): raise UnsupportedArchitecture(
-            f'{type(m).__name__} cannot get further layers: one that writes nothing still changes the output (by {(got-want).abs().max():.1e}), '
-            'as where a norm follows the sum. The model is as it was before.')
-        if is_adaptive(m): _renumber_layers(m, key, order, fresh, names)
-        for i in fresh if optimizer is not None else (): _adopt(optimizer, old[order[i]], copies[i])
-
-# %% ../nbs/04c_growth.ipynb #c0034
-def _renumber_layers(m, key, order, fresh, names):
-    "Renumber the records of each layer."
-    state = m.sentinel
-    def site(s, i, l):
-        if s is None: return None
-        path = f'{key}.{i}{s.path[len(f"{key}.{l}"):]}'
-        owner = 'attn' if s.kind == 'heads' else 'mlp'
-        at = {'layer': i, 'path': path, owner: m.get_submodule(path)}
-        return replace(s, **at) if s.kind == 'channels' else replace(s, **at, native=s.native and replace(s.native, **at))
-    def moved_map(found): return replace(found, sites=[site(found.sites[l], i, l) for i, l in enumerate(order)], n_params=model_size(m))
-    def moved(found): return replace(found, heads=moved_map(found.heads), channels=found.channels and moved_map(found.channels))
-    to = {l: i for i, l in reversed(list(enumerate(order)))}
-    compact = state.now is not state.built
-    now = moved(state.now)
-    state.built = moved(state.built) if compact else now
-    state.now = now
-    _renumber_plan(m, order)
-    now = {id(p): n for n, p in m.named_parameters()}
-    name = {n: now[i] for i, n in names.items() if i in now}
-    state.stash = {name.get(k, k): v for k, v in state.stash.items()}
-    state.repairs.changed = {name.get(k, k): v for k, v in state.repairs.changed.items()}
-    state.repairs.predictors = {(to[l], h): r for (l, h), r in state.repairs.predictors.items()}
-    state.grown = [n | dict(layer=to[n['layer']]) | ({'name': name[n['name']]} if 'name' in n else {}) for n in state.grown]
-    for i in fresh: _copy_removed(m, key, i, to[order[i]])
-
-def _renumber_plan(m, order):
-    state = m.sentinel
-    p = state.plan
-    channels = p.channels and replace(p.channels, keep=p.channels.keep[order], exists=p.channels.exists[order])
-    state.plan = replace(p, keep=p.keep[order], exists=p.exists[order], kv=[p.kv[l] for l in order], channels=channels,
-                         columns=[i for i, l in enumerate(order) if l in p.columns], grown=grown_heads(state.built.heads))
-    for s0, s1, keep in zip(state.built.heads.sites, state.now.heads.sites, heads_by_layer(state.plan)):
-        if s0 is not None and hasattr(s0.inner, 'sentinel_wiring'): unwire_attention(s0); wire_attention(s0, s1, keep, s0.layer in state.plan.columns)
-
-def _copy_removed(m, key, i, l):
-    "What left a layer has left its copy too, which writes nothing even if it comes back."
-    for name, r in list(m.sentinel.stash.items()):
-        if not name.startswith(f'{key}.{l}.'): continue
-        new = f'{key}.{i}.{name[len(f"{key}.{l}."):]}'
-        rec = copy.deepcopy({k: v for k, v in r.items() if k != 'state'})
-        if not m.get_parameter(new).any(): rec['parts'] = [(idx, torch.zeros_like(t)) for idx, t in rec['parts']]
-        m.sentinel.stash[new] = rec
-
-def _adopt(optimizer, old, new):
-    "Let an optimiser train a copied layer in the groups in which its original is."
-    group = {id(p): g for g in optimizer.param_groups for p in g['params']}
-    for p, q in zip(old.parameters(), new.parameters()):
-        if id(p) in group: group[id(p)]['params'].append(q)
-
-# %% ../nbs/04c_growth.ipynb #c0036
-def grow(
-    model:nn.Module, # A decoder; it is adapted if it isn't
-    heads:int|dict|list|None=None, # New query heads: a number for each layer, `{layer: number}`, or a list with a number for each layer
-    layers:int|list|None=None, # Layers after which a copy that writes nothing is put
-    init:str='split', # New heads: 'split' shares out a strong head's output, 'zero' has random queries, keys and values and writes nothing
-    optimizer:torch.optim.Optimizer|None=None, # Its moments are filled up with zeros; the parameters of new layers are added to its groups
-    seed:int=0, # Of what is random
-    scores:Float[Tensor, 'l h']|None=None, # Which heads new ones take after, highest first; default `strength(model)`
-) -> nn.Module: # The same model
-    "Let a model grow beyond its size without changing its output. Raises `UnsupportedArchitecture`, the model unchanged, where that can't be done."
-    if (heads is None) == (layers is None): raise ValueError('give either heads=... or layers=...; call grow twice for both')
-    if init not in INITS: raise ValueError(f'init={init!r}: allowed are {INITS}')
-    m = base_model(model)
+# %% ../nbs/04c_growth.ipynb #c0067
+def _check_watched(m, layers):
+    "Raise where something at the model speaks of its present heads or layers."
     state = state_of(m)
     watching = dict(agency=state and state.agency)
-    if layers is not None: watching |= dict(memory=state and state.memory, skips=getattr(m, 'sentinel_skips', None))
+    if layers is not None:
+        watching['memory'] = state and state.memory
+        watching['skips'] = getattr(m, 'sentinel_skips', None)
     taken = [name for name, x in watching.items() if x is not None]
-    if taken: raise RuntimeError(f'{", ".join(taken)} of this model speaks of its present {"heads" if layers is None else "layers"}; '
-                                 'detach it, grow the model, and attach a new one')
+    units = 'heads' if layers is None else 'layers'
+    if taken: raise RuntimeError(
+        f'{", ".join(taken)} of this model speaks of its present {units}; '
+        'detach it, grow the model, and attach a new one')
+
+# %% ../nbs/04c_growth.ipynb #c0068
+def grow(
+    model:nn.Module, # A decoder; it is adapted if it isn't
+    heads:int|dict|list|None=None, # For each layer, `{layer: number}`, or a list
+    layers:int|list|None=None, # Those after which a copy is put
+    init:str='split', # New heads: 'split' a strong one, or write 'zero'
+    optimizer:torch.optim.Optimizer|None=None, # Gets zeros as moments of what is new
+    seed:int=0, # Of what is random
+    scores:Float[Tensor, 'l h']|None=None, # Highest are split; default `strength`
+) -> nn.Module: # The same model
+    "Grow a model without changing its output, or raise `UnsupportedArchitecture`."
+    if (heads is None) == (layers is None): raise ValueError(
+        'give either heads=... or layers=...; call grow twice for both')
+    if init not in INITS:
+        raise ValueError(f'init={init!r}: allowed are {INITS}')
+    m = base_model(model)
+    _check_watched(m, layers)
     check_weights(m, 'grow', 'qkvo')
     with transaction(m, optimizer):
-        if layers is not None: _grow_layers(m, layers, optimizer)
-        else: _grow_heads(base_model(adapt(model)), heads, init, optimizer, seed, scores)
+        if layers is not None: grow_layers(m, layers, optimizer)
+        else: _grow_heads(adapt(m), heads, init, optimizer, seed, scores)
     return model
 
-# %% ../nbs/04c_growth.ipynb #c0051
+# %% ../nbs/04c_growth.ipynb #c0084
+def _config_of(config, kwargs):
+    "A config of its own, with further values set."
+    if isinstance(config, nn.Module): config = base_model(config).config
+    if isinstance(config, str): cfg = AutoConfig.for_model(config, **kwargs)
+    else: cfg = copy.deepcopy(config)
+    for k, v in kwargs.items(): setattr(cfg, k, v)
+    return cfg
+
+def _random_init(cfg, seed, dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(cfg, dtype=dtype)
+        return adapt(model.eval())
+
+# %% ../nbs/04c_growth.ipynb #c0087
 def init_small(
-    config, # A config, the `model_type` of one (with its default size), or a model whose config is taken
-    keep:float=.25, # Share of heads that each layer starts with; at least one, whole groups first
+    config, # A config, a `model_type`, or a model whose config is taken
+    keep:float=.25, # Share of heads that a layer starts with, at least one
     seed:int=0, # Of the weights
     dtype:torch.dtype=torch.float32, # Of the weights
     **kwargs, # Values of the config to set besides
 ) -> nn.Module: # An adapted, compact model
-    "A model with random weights in which each layer has `keep` of its heads; the others come back by `regrow`."
-    if not 0 < keep <= 1: raise ValueError(f'keep={keep}: allowed is a share above 0 and up to 1')
-    if isinstance(config, nn.Module): config = base_model(config).config
-    cfg = AutoConfig.for_model(config, **kwargs) if isinstance(config, str) else copy.deepcopy(config)
-    for k, v in kwargs.items(): setattr(cfg, k, v)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = adapt(AutoModelForCausalLM.from_config(cfg, dtype=dtype).eval())
-    plan = HeadPlan.of(model.sentinel.now.heads)
+    "A model with random weights and `keep` of its heads; `regrow` adds the others."
+    if not 0 < keep <= 1: raise ValueError(
+        f'keep={keep}: allowed is a share above 0 and up to 1')
+    model = _random_init(_config_of(config, kwargs), seed, dtype)
+    plan = HeadPlan.of(model.sentinel.now)
     plan.keep = plan.exists.clone()
-    for s in model.sentinel.now.heads: plan.keep[s.layer, max(1, round(keep*s.n_heads)):s.n_heads] = False
+    for s in model.sentinel.now.heads:
+        n = max(1, round(keep*s.n_heads))
+        plan.keep[s.layer, n:s.n_heads] = False
     plan.info = dict(criterion='init_small', keep=keep, seed=seed)
     return replay(model, plan) if plan.removed else model
 
-# %% ../nbs/04c_growth.ipynb #c0054
+# %% ../nbs/04c_growth.ipynb #c0090
+_EXPERTS = ('num_experts', 'num_local_experts',
+            'n_routed_experts', 'moe_num_experts')
+_SENT_TO = ('num_experts_per_tok', 'moe_topk', 'moe_k')
+
+def _first_number(config, names):
+    values = [getattr(config, name, None) for name in names]
+    return next((v for v in values if isinstance(v, int) and v), None)
+
+def _looked_up(m):
+    "Ids of embeddings that don't make the logits."
+    tables = [x for x in m.modules() if isinstance(x, nn.Embedding)]
+    ids = {id(p) for x in tables for p in x.parameters()}
+    return ids - {id(m.get_output_embeddings().weight)}
+
+# %% ../nbs/04c_growth.ipynb #c0092
+def _weights_met(m):
+    "How many weights a token meets."
+    cfg, looked_up, met = m.config.get_text_config(), _looked_up(m), 0
+    n, k = _first_number(cfg, _EXPERTS), _first_number(cfg, _SENT_TO)
+    for name, p in m.named_parameters():
+        is_ours = '.sentinel.' in name or name.startswith('sentinel_')
+        if is_ours or id(p) in looked_up: continue
+        is_expert = p.ndim == 3 and n and k and p.shape[0] >= n
+        met += p.numel()*(k/n if is_expert else 1)
+    return met
+
+# %% ../nbs/04c_growth.ipynb #c0094
 def flops_per_token(
-    model:nn.Module, # Any decoder, as it is now; closed heads count, removed ones don't
+    model:nn.Module, # Any decoder; closed heads count, pruned ones that are cut out don't
     context:int=512, # Tokens attended to on average
 ) -> int:
-    "FLOPs of a forward pass per token: 2·parameters, embeddings that are only looked up left out, and 4·d·context for each head."
+    "FLOPs of a forward pass: 2·weights met + 4·d·context for each head."
     m = base_model(model)
-    hm, cfg = head_map(m), m.config.get_text_config()
-    get = lambda names: next((v for k in names if isinstance(v := getattr(cfg, k, None), int) and v), None)
-    n, k = get(('num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts')), get(('num_experts_per_tok', 'moe_topk', 'moe_k'))
-    looked_up = {id(p) for x in m.modules() if isinstance(x, nn.Embedding) for p in x.parameters()} - {id(m.get_output_embeddings().weight)}
-    met = sum(p.numel()*(k/n if p.ndim == 3 and n and k and p.shape[0] >= n else 1) for name, p in m.named_parameters()
-              if id(p) not in looked_up and '.sentinel.' not in name and not name.startswith('sentinel_'))
-    return round(2*met + sum(4*s.head_dim*s.n_heads*context for s in hm))
+    attention = sum(4*s.head_dim*s.n_heads*context for s in head_map(m))
+    return round(2*_weights_met(m) + attention)

@@ -25,34 +25,40 @@ def mirror_pairs(
     return [(l, n-1-l) for l in range(n//2)]
 
 # %% ../nbs/04_unet.ipynb #c0009
-def _recomputing():
-    "Is this call part of a backward pass, as gradient checkpointing runs layers a second time?"
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
 class Pathway(nn.Module):
-    "One skip: from the output of an early block to the input of its mirrored block. The hooks are its methods."
+    "One skip, from an early block's output to its mirrored block's input."
     def __init__(self,
-        source:int, target:int, # Layers
-        width:int, rank:int, # Of the stream, and of what passes
+        source:int, # The early layer
+        target:int, # The late one
+        width:int, # Of the stream
+        rank:int, # Numbers that pass for each token
         norm:bool=True, # Divide each token's stream by its root mean square
         dtype:torch.dtype=torch.float32, # Of the parameters
-        devices:tuple=(None, None), # Of the two blocks: `down` lives with the early one, `up` and `gate` with the late one
+        devices:tuple=(None, None), # Of the two blocks
     ):
         super().__init__()
-        self.source, self.target, self.norm, self.stream, self.kept = source, target, norm, None, None
-        new = lambda i, *shape: nn.Parameter(torch.zeros(shape, dtype=dtype, device=devices[i]))
-        self.down, self.up, self.gate = new(0, rank, width), new(1, width, rank), new(1)
+        self.source, self.target, self.norm = source, target, norm
+        self.clear()
+        early, late = (dict(dtype=dtype, device=d) for d in devices)
+        self.down = nn.Parameter(torch.zeros(rank, width, **early))
+        self.up = nn.Parameter(torch.zeros(width, rank, **late))
+        self.gate = nn.Parameter(torch.zeros((), **late))
 
-    def __getstate__(self): return {**self.__dict__, 'stream': None, 'kept': None}   # copies and pickles start between two calls
-    def extra_repr(self): return f'{self.source} → {self.target}, rank {len(self.down)}, gate {self.gate.item():.3g}'
     def clear(self): self.stream = self.kept = None
+    def __getstate__(self):     # copies and pickles start between two calls
+        return {**self.__dict__, 'stream': None, 'kept': None}
+    def extra_repr(self):
+        ends = f'{self.source} → {self.target}'
+        return f'{ends}, rank {len(self.down)}, gate {self.gate.item():.3g}'
 
 # %% ../nbs/04_unet.ipynb #c0011
 @patch
 @torch.no_grad()
 def draw(self:Pathway, gen:torch.Generator):
     "Random projections, gate 0."
-    for w in (self.down, self.up): w.copy_(torch.randn(w.shape, generator=gen, device='cpu')/math.sqrt(w.shape[1]))
+    for w in (self.down, self.up):
+        values = torch.randn(w.shape, generator=gen, device='cpu')
+        w.copy_(values/math.sqrt(w.shape[1]))
     self.gate.zero_()
 
 @patch
@@ -65,14 +71,35 @@ def squeeze(self:Pathway,
     return F.linear(y, self.down.float()).nan_to_num(0., 0., 0.)
 
 # %% ../nbs/04_unet.ipynb #c0013
+def _recomputing():
+    "Is a backward pass running layers a second time (gradient checkpointing)?"
+    if torch.compiler.is_compiling(): return False
+    return torch._C._current_graph_task_id() != -1
+
 @patch
 def take(self:Pathway, block, args, out):
     "Forward hook of the early block."
-    z = self.squeeze(out[0] if isinstance(out, (tuple, list)) else out)
+    y = out[0] if isinstance(out, (tuple, list)) else out
+    z = self.squeeze(y)
     if _recomputing(): return
-    self.stream = z
-    self.kept = z.detach().requires_grad_(z.requires_grad) if self.training and torch.is_grad_enabled() else None
+    is_kept = self.training and torch.is_grad_enabled()
+    self.stream, self.kept = z, None
+    if is_kept: self.kept = z.detach().requires_grad_(z.requires_grad)
 
+# %% ../nbs/04_unet.ipynb #c0014
+@patch
+def _missing(self:Pathway):
+    "Raise if a skip that has nothing to pass is an error."
+    if _recomputing(): raise RuntimeError(
+        f'the skip from layer {self.source} to {self.target} cannot be computed again '
+        'in the backward pass: it was first computed without gradients. '
+        'Gradient checkpointing around whole blocks needs use_reentrant=False')
+    if self.training: return    # layerdrop leaves layers out at random
+    raise RuntimeError(
+        f'layer {self.target} ran without layer {self.source} before it, so their '
+        'skip has nothing to pass; add_skips(model, pairs=...) leaves this pair out')
+
+# %% ../nbs/04_unet.ipynb #c0092
 @patch
 def give(self:Pathway, block, args, kwargs):
     "Forward pre-hook of the late block."
@@ -80,17 +107,10 @@ def give(self:Pathway, block, args, kwargs):
     self.stream = None
     if z is None: return self._missing()
     x = args[0] if args else kwargs['hidden_states']
-    x = x + F.linear(self.gate.float() * z.to(self.up.device), self.up.float()).to(x)
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, 'hidden_states': x})
-
-# %% ../nbs/04_unet.ipynb #c0014
-@patch
-def _missing(self:Pathway):
-    if _recomputing(): raise RuntimeError(
-        f'the skip from layer {self.source} to {self.target} cannot be computed again in the backward pass: it was first computed without gradients. '
-        'Gradient checkpointing around whole blocks needs use_reentrant=False')
-    if not self.training: raise RuntimeError(       # in training a layer can be left out at random (layerdrop)
-        f'layer {self.target} ran without layer {self.source} before it, so their skip has nothing to pass; add_skips(model, pairs=...) leaves this pair out')
+    z = self.gate.float() * z.to(self.up.device)
+    x = x + F.linear(z, self.up.float()).to(x)
+    if args: return (x, *args[1:]), kwargs
+    return args, {**kwargs, 'hidden_states': x}
 
 # %% ../nbs/04_unet.ipynb #c0016
 class SkipPathways(nn.Module):
@@ -105,14 +125,20 @@ class SkipPathways(nn.Module):
         devices:dict|None=None, # Layer to device
     ):
         super().__init__()
-        self.rank, self.norm, self.dtype, self.seed, d = rank, norm, dtype, seed, devices or {}
-        self.paths = nn.ModuleList(Pathway(a, b, width, rank, norm, getattr(torch, dtype), (d.get(a), d.get(b))) for a, b in pairs)
+        self.rank, self.norm, self.dtype, self.seed = rank, norm, dtype, seed
+        self.paths, at = nn.ModuleList(), devices or {}
         gen = torch.Generator('cpu').manual_seed(seed)
-        for p in self.paths: p.draw(gen)
+        for a, b in pairs:
+            ends = at.get(a), at.get(b)
+            path = Pathway(a, b, width, rank, norm, getattr(torch, dtype), ends)
+            path.draw(gen)
+            self.paths.append(path)
 
     def config(self) -> dict:
-        "What `add_skips` needs to build the same pathways again, as JSON can hold it."
-        return dict(rank=self.rank, pairs=[[p.source, p.target] for p in self.paths], norm=self.norm, dtype=self.dtype, seed=self.seed)
+        "What `add_skips` needs to build them again, as JSON can hold it."
+        pairs = [[p.source, p.target] for p in self.paths]
+        return dict(rank=self.rank, pairs=pairs, norm=self.norm,
+                    dtype=self.dtype, seed=self.seed)
 
 # %% ../nbs/04_unet.ipynb #c0018
 @patch
@@ -127,41 +153,109 @@ def leave(self:SkipPathways, stack, args, out):
     for p in self.paths: p.stream = None
 
 # %% ../nbs/04_unet.ipynb #c0020
+def _common(keys):
+    "The path that dotted paths have in common, their last parts left out."
+    first, *more = [key.split('.')[:-1] for key in keys]
+    n = 0
+    while n < len(first) and all(k[n:n+1] == [first[n]] for k in more): n += 1
+    return '.'.join(first[:n])
+
 def _block_paths(m):
-    "The path of each row's block, and of the module that holds the blocks."
+    "Each row's block, what holds the blocks, and the width of the stream."
     hm = built_heads(m)
-    rows, stacks = [], layer_stacks([s.path for s in hm], m)
-    if '' in stacks: raise UnsupportedArchitecture(f'{type(m).__name__}: {stacks[""]} lie in no ModuleList, so there are no blocks to connect')
+    stacks, rows = layer_stacks([s.path for s in hm], m), []
+    if '' in stacks: raise UnsupportedArchitecture(
+        f'{type(m).__name__}: {stacks[""]} lie in no ModuleList, '
+        'so there are no blocks to connect')
     for key, layers in stacks.items():
-        for i in range(len(m.get_submodule(key))): rows += [f'{key}.{i}'] * len(layers.get(i) or [0])
-    first, *more = [key.split('.')[:-1] for key in stacks]
-    n = next((i for i, part in enumerate(first) if any(k[i:i+1] != [part] for k in more)), len(first))
-    return rows, '.'.join(first[:n]), out_features(next(iter(hm)).out)
+        for i in range(len(m.get_submodule(key))):
+            rows += [f'{key}.{i}'] * len(layers.get(i) or [0])
+    return rows, _common(stacks), out_features(next(iter(hm)).out)
 
 # %% ../nbs/04_unet.ipynb #c0022
-def _pairs(pairs, rows, m):
-    "The pairs to connect, checked; by default all mirrored ones, one for each two blocks."
+def _check_pair(a, b, n):
+    if not (0 <= a < n and 0 <= b < n): raise IndexError(
+        f'pair ({a}, {b}): this model has layers 0 to {n-1}')
+    if a >= b: raise ValueError(
+        f'pair ({a}, {b}): a skip leads from an earlier to a later layer, '
+        'so the first must be below the second')
+
+def _given_pairs(pairs, rows):
+    "Pairs that were named, each once; checked."
     n, chosen = len(rows), {}
-    for a, b in mirror_pairs(n) if pairs is None else pairs:
-        if not (0 <= a < n and 0 <= b < n): raise IndexError(f'pair ({a}, {b}): this model has layers 0 to {n-1}')
-        if a >= b: raise ValueError(f'pair ({a}, {b}): a skip leads from an earlier to a later layer, so the first must be below the second')
-        if rows[a] != rows[b]: chosen.setdefault((rows[a], rows[b]) if pairs is None else (a, b), (int(a), int(b)))
-        elif pairs is not None: raise ValueError(f'pair ({a}, {b}): both layers are in one block, {rows[a]}')
-    if not chosen: raise ValueError(f'no pair of layers to connect among {n}; a skip needs two blocks' + ('' if pairs is None else ': pairs is empty'))
-    seen = [id(x) for x in map(m.get_submodule, dict.fromkeys(rows))]
-    for a, b in chosen.values():
-        for l in (a, b):
-            if seen.count(id(m.get_submodule(rows[l]))) > 1: raise UnsupportedArchitecture(
-                f'the block of layer {l} ({rows[l]}) runs at several places of the stack; pairs=[...] without it connects the others')
+    for a, b in pairs:
+        _check_pair(a, b, n)
+        if rows[a] == rows[b]: raise ValueError(
+            f'pair ({a}, {b}): both layers are in one block, {rows[a]}')
+        chosen.setdefault((a, b), (int(a), int(b)))
     return list(chosen.values())
+
+# %% ../nbs/04_unet.ipynb #c0085
+def _default_pairs(rows):
+    "All mirrored pairs, one for each two blocks."
+    chosen = {}
+    for a, b in mirror_pairs(len(rows)):
+        if rows[a] != rows[b]: chosen.setdefault((rows[a], rows[b]), (a, b))
+    return list(chosen.values())
+
+# %% ../nbs/04_unet.ipynb #c0070
+def _check_repeats(pairs, rows, m):
+    "Raise for a block that runs at several places of the stack."
+    blocks = [id(m.get_submodule(path)) for path in dict.fromkeys(rows)]
+    for l in (l for pair in pairs for l in pair):
+        block = id(m.get_submodule(rows[l]))
+        if blocks.count(block) > 1: raise UnsupportedArchitecture(
+            f'the block of layer {l} ({rows[l]}) runs at several places of '
+            'the stack; pairs=[...] without it connects the others')
+
+def _pairs(pairs, rows, m):
+    "The pairs to connect, checked; by default all mirrored ones."
+    is_given = pairs is not None
+    chosen = _given_pairs(pairs, rows) if is_given else _default_pairs(rows)
+    if not chosen: raise ValueError(
+        f'no pair of layers to connect among {len(rows)}; a skip needs '
+        'two blocks' + (': pairs is empty' if is_given else ''))
+    _check_repeats(chosen, rows, m)
+    return chosen
+
+# %% ../nbs/04_unet.ipynb #c0073
+def _offload_hook(block):
+    "accelerate's hook on a block without data."
+    hooks = [getattr(x, '_hf_hook', None) for x in block.modules()]
+    return next((h for h in hooks if h is not None), None)
 
 def _device(block):
     "Where a block computes."
     p = next(block.parameters(), None)
-    hook = next((h for x in block.modules() if (h := getattr(x, '_hf_hook', None)) is not None), None) if p is not None and p.is_meta else None
-    return getattr(hook, 'execution_device', None) if hook is not None else None if p is None else p.device
+    if p is None: return None
+    hook = _offload_hook(block) if p.is_meta else None
+    return p.device if hook is None else getattr(hook, 'execution_device', None)
 
 # %% ../nbs/04_unet.ipynb #c0023
+def _check_rank(rank, width):
+    is_number = isinstance(rank, int) and not isinstance(rank, bool)
+    if not is_number or not 1 <= rank <= width: raise ValueError(
+        f'rank={rank!r}: allowed is a whole number from 1 to {width}, '
+        'the width of the stream')
+
+def _float_name(dtype):
+    "The name of a float type of torch, checked."
+    name = str(dtype).removeprefix('torch.')
+    found = getattr(torch, name, None)
+    if not getattr(found, 'is_floating_point', False): raise ValueError(
+        f"dtype={name!r}: allowed is the name of a float type of torch "
+        "such as 'float32'")
+    return name
+
+def _hook_up(skips, holder, blocks):
+    "Register the hooks; every one is a method of `skips` or a pathway."
+    holder.register_forward_pre_hook(skips.enter)
+    holder.register_forward_hook(skips.leave, always_call=True)
+    for p in skips.paths:
+        blocks[p.source].register_forward_hook(p.take)
+        blocks[p.target].register_forward_pre_hook(p.give, with_kwargs=True)
+
+# %% ../nbs/04_unet.ipynb #c0076
 def add_skips(
     model:nn.Module, # Any decoder of transformers, adapted or not
     rank:int=16, # Numbers that pass for each token
@@ -170,27 +264,40 @@ def add_skips(
     dtype:str='float32', # Type of the parameters
     seed:int=0, # Of the random projections
 ) -> nn.Module: # The same model
-    "Connect mirrored layers through gates at 0, in place. `add_skips(model, **skips.config())` builds what was saved."
+    "Connect mirrored layers through gates at 0, in place."
     m = base_model(model)
-    if hasattr(m, 'sentinel_skips'): raise RuntimeError('this model has skip pathways; remove_skips(model) first')
+    if hasattr(m, 'sentinel_skips'): raise RuntimeError(
+        'this model has skip pathways; remove_skips(model) first')
     rows, holder, width = _block_paths(m)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= width: raise ValueError(
-        f'rank={rank!r}: allowed is a whole number from 1 to {width}, the width of the stream')
-    dtype = str(dtype).removeprefix('torch.')
-    if not getattr(getattr(torch, dtype, None), 'is_floating_point', False): raise ValueError(
-        f"dtype={dtype!r}: allowed is the name of a float type of torch such as 'float32'")
+    _check_rank(rank, width)
+    dtype = _float_name(dtype)
     pairs = _pairs(pairs, rows, m)
     blocks = {l: m.get_submodule(rows[l]) for pair in pairs for l in pair}
+    at = {l: _device(block) for l, block in blocks.items()}
+    skips = SkipPathways(pairs, width, rank, norm, dtype, seed, at)
     with transaction(m):
-        m.sentinel_skips = skips = SkipPathways(pairs, width, rank, norm, dtype, seed, {l: _device(b) for l, b in blocks.items()}).train(m.training)
-        m.get_submodule(holder).register_forward_pre_hook(skips.enter)
-        m.get_submodule(holder).register_forward_hook(skips.leave, always_call=True)
-        for p in skips.paths:
-            blocks[p.source].register_forward_hook(p.take)
-            blocks[p.target].register_forward_pre_hook(p.give, with_kwargs=True)
+        m.sentinel_skips = skips.train(m.training)
+        _hook_up(skips, m.get_submodule(holder), blocks)
     return model
 
-# %% ../nbs/04_unet.ipynb #c0024
+# %% ../nbs/04_unet.ipynb #c0086
+def _skips(model):
+    m = base_model(model)
+    if hasattr(m, 'sentinel_skips'): return m.sentinel_skips
+    raise RuntimeError(
+        f'{type(m).__name__} has no skip pathways; add_skips(model) first')
+
+# %% ../nbs/04_unet.ipynb #c0079
+def _drop_hooks(module, mine):
+    "Remove hooks that are methods of the objects with these ids."
+    tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
+              module._forward_hooks, module._forward_hooks_with_kwargs,
+              module._forward_hooks_always_called)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        is_mine = lambda f: id(getattr(f, '__self__', None)) in mine
+        for k in [k for k, f in hooks.items() if is_mine(f)]:
+            for table in tables: table.pop(k, None)
+
 def remove_skips(
     model:nn.Module, # A model with skip pathways
 ) -> nn.Module: # The same model, as it was before `add_skips`
@@ -198,18 +305,9 @@ def remove_skips(
     m = base_model(model)
     mine = {id(x) for x in _skips(m).modules()}
     with transaction(m):
-        for mod in m.modules():
-            pre, post = mod._forward_pre_hooks, mod._forward_hooks
-            for hooks, *more in ((pre, mod._forward_pre_hooks_with_kwargs), (post, mod._forward_hooks_with_kwargs, mod._forward_hooks_always_called)):
-                for k in [k for k, f in hooks.items() if id(getattr(f, '__self__', None)) in mine]:
-                    for d in (hooks, *more): d.pop(k, None)
+        for module in m.modules(): _drop_hooks(module, mine)
         del m.sentinel_skips
     return model
-
-def _skips(model):
-    m = base_model(model)
-    if not hasattr(m, 'sentinel_skips'): raise RuntimeError(f'{type(m).__name__} has no skip pathways; add_skips(model) first')
-    return m.sentinel_skips
 
 # %% ../nbs/04_unet.ipynb #c0029
 @torch.no_grad()
@@ -217,23 +315,71 @@ def skip_gates(
     model:nn.Module, # A model with skip pathways
 ) -> Float[Tensor, ' p']: # On the CPU, in the order of the pairs
     "The gates of the pathways."
-    return torch.stack([p.gate.detach().float().cpu() for p in _skips(model).paths])
+    gates = [p.gate.detach().float().cpu() for p in _skips(model).paths]
+    return torch.stack(gates)
 
+# %% ../nbs/04_unet.ipynb #c0088
 @torch.no_grad()
 def set_skip_gates(
     model:nn.Module, # A model with skip pathways
-    values, # A number for all, or one for each pair
+    values, # A finite number for all, or one for each pair
 ) -> nn.Module: # The same model
-    "Set the gates; any finite number is allowed, as what passes has no natural sign. Checked before any is set."
-    paths, v = _skips(model).paths, torch.as_tensor(values, dtype=torch.float32).cpu()
-    if v.ndim and v.shape != (len(paths),): raise ValueError(f'gates of shape {tuple(v.shape)} were given; allowed is one number, or {len(paths)} of them')
-    if not v.isfinite().all(): raise ValueError(f'gate {v[~v.isfinite()].flatten()[0].item():g} is not allowed; a gate is a finite number')
+    "Set the gates. Checked before any is set."
+    paths = _skips(model).paths
+    v = torch.as_tensor(values, dtype=torch.float32).cpu()
+    if v.ndim and v.shape != (len(paths),): raise ValueError(
+        f'gates of shape {tuple(v.shape)} were given; '
+        f'allowed is one number, or {len(paths)} of them')
+    bad = v[~v.isfinite()].flatten()
+    if len(bad): raise ValueError(
+        f'gate {bad[0].item():g} is not allowed; a gate is a finite number')
+    gates = v.expand(len(paths)).tolist()
     with transaction(model):
         will_write(*(p.gate for p in paths))
-        for p, g in zip(paths, v.expand(len(paths))): p.gate.fill_(g.item())
+        for p, g in zip(paths, gates): p.gate.fill_(g)
     return model
 
 # %% ../nbs/04_unet.ipynb #c0048
+def _box(ax, x, y, layers):
+    text = 'layer ' + ', '.join(map(str, layers))
+    box = dict(boxstyle='round,pad=.35', fc='#DEEBF7', ec='#08306B', lw=.8)
+    ax.text(x, y, text, ha='center', va='center', fontsize=8, zorder=3, bbox=box)
+
+def _stream(ax, a, b):
+    "The residual stream from one block to the next."
+    line = dict(arrowstyle='-', color='#BDBDBD', lw=2)
+    ax.annotate('', b, a, zorder=1, arrowprops=line)
+
+def _look(gate):
+    "How the arrow of a gate looks."
+    color = '#0072B2' if gate > 0 else '#D55E00'
+    style = dict(color='#BDBDBD', ls='--') if gate == 0 else dict(color=color, ls='-')
+    return style | dict(arrowstyle='-|>', lw=.8 + min(4., 4*abs(gate)),
+                        shrinkA=24, shrinkB=24, mutation_scale=9)
+
+# %% ../nbs/04_unet.ipynb #c0049
+def _arrow(ax, a, b, g):
+    "A pathway; between blocks of one side it is an arc along the outer edge."
+    x, y = (a[0]+b[0])/2, (a[1]+b[1])/2
+    style = _look(g)
+    if a[0] == b[0]:
+        out = -.13 if a[0] == 0 else .13
+        x = a[0] + 2*out
+        a, b = (a[0]+out, a[1]), (b[0]+out, b[1])
+        style |= dict(connectionstyle='arc3,rad=.5', shrinkA=1, shrinkB=1)
+    ax.annotate('', b, a, zorder=2, arrowprops=style)
+    ax.text(x, y, f'{g:.3g}', fontsize=7, ha='center', va='center', zorder=4,
+            bbox=dict(fc='white', ec='none', pad=.8))
+
+def _places(n):
+    "Where the blocks stand: down at the left, up at the right, the middle below."
+    deep = (n-1)//2
+    def at(i):
+        if i == n-1-i: return .5, deep + .6
+        return (0., i) if i < n/2 else (1., n-1-i)
+    return [at(i) for i in range(n)]
+
+# %% ../nbs/04_unet.ipynb #c0083
 def plot_pathways(
     model:nn.Module, # A model with skip pathways
     ax=None, # Matplotlib axes; default a new figure, as high as the model is deep
@@ -241,65 +387,66 @@ def plot_pathways(
     "Draw the folded stack of blocks and the gates of its skip pathways."
     paths, rows = _skips(model).paths, _block_paths(base_model(model))[0]
     blocks = list(dict.fromkeys(rows))
-    n, deep = len(blocks), (len(blocks)-1)//2
-    place = [(.5, deep + .6) if i == n-1-i else (0., i) if i < n/2 else (1., n-1-i) for i in range(n)]
-    if ax is None: _, ax = importlib.import_module('matplotlib.pyplot').subplots(figsize=(4.6, max(1.8, .42*(deep+2))), dpi=80)
-    ends = [tuple(blocks.index(rows[l]) for l in (p.source, p.target)) for p in paths]
+    n, place = len(blocks), _places(len(blocks))
+    deep = (n-1)//2
+    if ax is None:
+        plt = importlib.import_module('matplotlib.pyplot')
+        size = 4.6, max(1.8, .42*(deep+2))
+        _, ax = plt.subplots(figsize=size, dpi=80)
     for i in range(n-1): _stream(ax, place[i], place[i+1])
-    for (a, b), g in zip(ends, skip_gates(model).tolist()): _arrow(ax, place[a], place[b], g)
-    for i, (x, y) in enumerate(place): _box(ax, x, y, [l for l, p in enumerate(rows) if p == blocks[i]])
+    for p, gate in zip(paths, skip_gates(model).tolist()):
+        a, b = (blocks.index(rows[l]) for l in (p.source, p.target))
+        _arrow(ax, place[a], place[b], gate)
+    for block, (x, y) in zip(blocks, place):
+        _box(ax, x, y, [l for l, row in enumerate(rows) if row == block])
     ax.set(xlim=(-.3, 1.3), ylim=(deep + 1.1, -.6))
     ax.axis('off')
     return ax
 
-# %% ../nbs/04_unet.ipynb #c0049
-def _box(ax, x, y, layers):
-    ax.text(x, y, 'layer ' + ', '.join(map(str, layers)), ha='center', va='center', fontsize=8, zorder=3,
-            bbox=dict(boxstyle='round,pad=.35', fc='#DEEBF7', ec='#08306B', lw=.8))
-
-def _stream(ax, a, b):
-    "The residual stream from one block to the next."
-    ax.annotate('', b, a, zorder=1, arrowprops=dict(arrowstyle='-', color='#BDBDBD', lw=2))
-
-def _arrow(ax, a, b, g):
-    "A pathway; those between blocks that aren't side by side are drawn as arcs."
-    mid = [(a[0]+b[0])/2, (a[1]+b[1])/2]
-    style = dict(arrowstyle='-|>', color='#BDBDBD' if g == 0 else '#0072B2' if g > 0 else '#D55E00', ls='--' if g == 0 else '-',
-                 lw=.8 + min(4., 4*abs(g)), shrinkA=24, shrinkB=24, mutation_scale=9)
-    if a[0] == b[0]:                                    # both on one side: an arc along the outer edge
-        out = -.13 if a[0] == 0 else .13
-        a, b, mid[0] = (a[0]+out, a[1]), (b[0]+out, b[1]), a[0] + 2*out
-        style |= dict(connectionstyle='arc3,rad=.5', shrinkA=1, shrinkB=1)
-    ax.annotate('', b, a, zorder=2, arrowprops=style)
-    ax.text(*mid, f'{g:.3g}', fontsize=7, ha='center', va='center', zorder=4, bbox=dict(fc='white', ec='none', pad=.8))
-
 # %% ../nbs/04_unet.ipynb #c0054
+def _row_max(t):
+    "The largest number of each row, NaN where there is none."
+    best = t.nan_to_num(-math.inf).amax(1)
+    return torch.where(t.isnan().all(1), math.nan, best)
+
+# %% ../nbs/04_unet.ipynb #c0090
 def mirror(
-    table:Float[Tensor, 'l h'], # In the original model's numbering, NaN where no head exists
-    keep=None, # Boolean `[l, h]`: the heads that count; default all that exist
+    table:Float[Tensor, 'l h'], # As built, NaN where no head exists
+    keep=None, # Boolean `[l, h]`: the heads that count; default all
     how:str='mean', # 'mean' or 'max' over the partner's heads
 ) -> Float[Tensor, ' l']: # NaN without a partner, or when none of its heads counts
     "For each layer, a summary of the row of the layer that mirrors it."
-    if how not in ('mean', 'max'): raise ValueError(f"how={how!r}: allowed is 'mean' or 'max'")
-    if table.ndim != 2: raise ValueError(f'a table of shape {tuple(table.shape)} was given; needed is (layers, heads)')
+    if how not in ('mean', 'max'):
+        raise ValueError(f"how={how!r}: allowed is 'mean' or 'max'")
+    if table.ndim != 2: raise ValueError(
+        f'a table of shape {tuple(table.shape)} was given; needed is (layers, heads)')
     if keep is not None and keep.shape != table.shape: raise ValueError(
-        f'keep of shape {tuple(keep.shape)} was given with a table of shape {tuple(table.shape)}; both need the original numbering')
-    t = table.float() if keep is None else table.float().masked_fill(~keep.bool(), math.nan)
-    row = t.nanmean(1) if how == 'mean' else torch.where(t.isnan().all(1), math.nan, t.nan_to_num(-math.inf).amax(1))
+        f'keep of shape {tuple(keep.shape)} was given with a table of shape '
+        f'{tuple(table.shape)}; both need the original numbering')
+    t = table.float()
+    if keep is not None: t = t.masked_fill(~keep.bool(), math.nan)
+    row = t.nanmean(1) if how == 'mean' else _row_max(t)
     row = row.flip(0)
     if len(row) % 2: row[len(row)//2] = math.nan
     return row
 
 # %% ../nbs/04_unet.ipynb #c0057
 def mirror_context(
-    stats:HeadStats, # What was measured, in the original model's numbering
+    stats:HeadStats, # What was measured, as built
     names:tuple=('entropy_norm', 'taylor', 'gate'), # Tables of `stats`, and 'gate'
-    plan:HeadPlan|None=None, # Which heads are open; default those whose gate is above 0, or else all
-    gates:Float[Tensor, 'l h']|None=None, # In the original numbering; default what `plan` says, 1 or 0
+    plan:HeadPlan|None=None, # Which heads are open; default by their gates, or all
+    gates:Float[Tensor, 'l h']|None=None, # As built; default what `plan` says, 1 or 0
     how:str='mean', # 'mean' or 'max'
 ) -> dict: # Name to `Float[Tensor, 'l']`
-    "What the mirrored layer's open heads measured, for each layer; under 'gate' how far the partner's heads are open, closed ones included."
-    if gates is None: gates = stats.tables.get('gate') if plan is None else plan.keep.float().masked_fill(~plan.exists, math.nan)
-    if gates is None and 'gate' in names: raise ValueError("'gate' needs gates=gate_values(model) or plan=HeadPlan.from_gates(model)")
-    keep = plan.keep if plan is not None else None if gates is None else gates > 0
-    return {n: mirror(gates, how=how) if n == 'gate' else mirror(stats[n], keep, how) for n in names}
+    "What the partner's open heads measured; 'gate': how open all its heads are."
+    if gates is None and plan is not None:
+        gates = plan.keep.float().masked_fill(~plan.exists, math.nan)
+    elif gates is None: gates = stats.tables.get('gate')
+    if gates is None and 'gate' in names: raise ValueError(
+        "'gate' needs gates=gate_values(model) or plan=HeadPlan.from_gates(model)")
+    keep = None if gates is None else gates > 0
+    if plan is not None: keep = plan.keep
+    def row(name):
+        if name == 'gate': return mirror(gates, how=how)
+        return mirror(stats[name], keep, how)
+    return {name: row(name) for name in names}
