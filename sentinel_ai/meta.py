@@ -47,6 +47,7 @@ def _act(shut, lost_of):
         return x - shut.to(x)*lost, *rest
     return act
 
+# %% ../nbs/10a_meta.ipynb #c0013
 @contextmanager
 def driven(
     model:nn.Module, # Any decoder, adapted or plain
@@ -69,7 +70,7 @@ def driven(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/10a_meta.ipynb #c0013
+# %% ../nbs/10a_meta.ipynb #c0015
 def lm_loss(
     model:nn.Module, # A decoder
     ids:Int[Tensor, 'b t'], # Token ids
@@ -78,7 +79,7 @@ def lm_loss(
     logits = model(ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
-# %% ../nbs/10a_meta.ipynb #c0021
+# %% ../nbs/10a_meta.ipynb #c0023
 @dataclass
 class Case:
     "A model, as the controller may meet it."
@@ -88,7 +89,7 @@ class Case:
     keep:Bool[Tensor, 'l h']          # Heads that are open
     grams:dict                        # With all heads open that aren't pruned
 
-# %% ../nbs/10a_meta.ipynb #c0023
+# %% ../nbs/10a_meta.ipynb #c0025
 def _drawn(hm, share, seed):
     "Where heads exist, and a random share of them that empties no layer."
     rng = torch.Generator().manual_seed(seed)
@@ -97,6 +98,7 @@ def _drawn(hm, share, seed):
     not_all = away.sum(1, keepdim=True) < exists.sum(1, keepdim=True)
     return exists, away & not_all
 
+# %% ../nbs/10a_meta.ipynb #c0027
 def case(
     model:nn.Module, # A decoder; adapted in place
     batches, # Token ids for the measurement
@@ -121,7 +123,7 @@ def case(
     stats.tables = {name: t.masked_fill(away, math.nan) for name, t in stats.tables.items()}
     return Case(model, stats, away, exists & ~away, grams)
 
-# %% ../nbs/10a_meta.ipynb #c0026
+# %% ../nbs/10a_meta.ipynb #c0030
 def cases(
     model:nn.Module, # A decoder
     blocks:Int[Tensor, 'n t'], # Token blocks, more than `size`
@@ -129,7 +131,7 @@ def cases(
     size:int=12, # Blocks for each measurement
     seed:int=0, # Of the draws
 ) -> list:
-    "The model as it is, with heads pruned, and with heads closed, on blocks of their own."
+    "The model as it is, with heads pruned, with heads closed, in turn."
     rng = torch.Generator().manual_seed(seed)
     shares, res = (.2, .35, .5), []
     for i in range(n):
@@ -139,7 +141,7 @@ def cases(
         res.append(case(model, some, seed=seed + i, **kind))
     return res
 
-# %% ../nbs/10a_meta.ipynb #c0029
+# %% ../nbs/10a_meta.ipynb #c0033
 class ControllerTask(nn.Module):
     "Token ids, a case and a share go in, the loss under the controller's gates comes out."
     def __init__(self,
@@ -149,7 +151,7 @@ class ControllerTask(nn.Module):
         spread:float=1., # Weight of the logits' variance
         hide:float=.15, # Probability that a table is left out
         blur:float=.1, # Deviation of the noise on inputs
-        repair:bool=True, # Gates act on what repair can't make good; otherwise on whole heads
+        repair:bool=True, # Gates act on what repair can't make good
     ):
         super().__init__()
         self.controller, self.cases = controller, cases
@@ -165,7 +167,7 @@ class ControllerTask(nn.Module):
         for m in self.models: m.eval()
         return self
 
-# %% ../nbs/10a_meta.ipynb #c0031
+# %% ../nbs/10a_meta.ipynb #c0035
 @patch
 def veiled(self:ControllerTask, x):
     "Inputs with some tables left out and the others blurred; the rest is kept."
@@ -175,7 +177,7 @@ def veiled(self:ControllerTask, x):
     kept = F.pad((~hidden).repeat_interleave(3), (0, others), value=True)
     return (x + self.blur*torch.randn_like(x)*(x != 0))*kept
 
-# %% ../nbs/10a_meta.ipynb #c0034
+# %% ../nbs/10a_meta.ipynb #c0038
 @patch
 def logits(self:ControllerTask, c:Case, target:float) -> Float[Tensor, 'l h']:
     "Two looks at a case, the second with the memory of the first."
@@ -200,7 +202,7 @@ def forward(self:ControllerTask, input_ids, which, target, **kwargs):
     loss = self.controller.loss(self.scale*text, a, target, self.spread)
     return dict(loss=loss, text=text.detach())
 
-# %% ../nbs/10a_meta.ipynb #c0037
+# %% ../nbs/10a_meta.ipynb #c0042
 class _Draws(torch.utils.data.Dataset):
     "Batches of blocks with a case and a share, drawn in advance."
     def __init__(self, blocks, n_cases, n, batch, shares, seed=0):
@@ -217,20 +219,22 @@ class _Draws(torch.utils.data.Dataset):
         ids = self.blocks[self.rows[i]]
         return dict(input_ids=ids, which=self.which[i], target=self.targets[i])
 
-# %% ../nbs/10a_meta.ipynb #c0041
+# %% ../nbs/10a_meta.ipynb #c0045
 def _arguments(folder, steps, draws, lr, seed, **kwargs):
-    "The Trainer's arguments for a controller; `kwargs` come before them."
+    "The Trainer's arguments for a controller; `kwargs` win."
     ours = dict(
         output_dir=folder, max_steps=steps, seed=seed,
         per_device_train_batch_size=1, gradient_accumulation_steps=draws,
-        learning_rate=lr, lr_scheduler_type='cosine', warmup_steps=steps//20, weight_decay=.01,
-        logging_steps=max(1, steps//20), save_strategy='no', report_to='none', disable_tqdm=True,
+        learning_rate=lr, lr_scheduler_type='cosine',
+        warmup_steps=steps//20, weight_decay=.01, logging_steps=max(1, steps//20),
+        save_strategy='no', report_to='none', disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False)
     return TrainingArguments(**{**ours, **kwargs})
 
+# %% ../nbs/10a_meta.ipynb #c0047
 def train_controller(
     task:ControllerTask, # What is trained
-    blocks:Int[Tensor, 'n t'], # Blocks whose loss counts; not those of the measurements
+    blocks:Int[Tensor, 'n t'], # Blocks whose loss counts; not the measured ones
     steps:int=400, # Of the optimiser
     lr:float=1e-3, # Highest learning rate; falls to 0 as a cosine
     batch:int=1, # Blocks in a draw
@@ -245,20 +249,21 @@ def train_controller(
     data = _Draws(blocks, len(task.cases), steps*draws, batch, shares, seed)
     with tempfile.TemporaryDirectory() as folder:
         args = _arguments(folder, steps, draws, lr, seed, **kwargs)
-        trainer = Trainer(task, args, train_dataset=data, data_collator=lambda rows: rows[0])
+        first = lambda rows: rows[0]
+        trainer = Trainer(task, args, train_dataset=data, data_collator=first)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     task.eval()
     return trainer.state.log_history
 
-# %% ../nbs/10a_meta.ipynb #c0045
+# %% ../nbs/10a_meta.ipynb #c0052
 def tune(
     controller:ANNController, # Trained in place
     model:nn.Module, # The model it is going to be used on
-    batches:Int[Tensor, 'n t'], # Token blocks; a half is measured, the loss of the other half counts
+    batches:Int[Tensor, 'n t'], # Token blocks: one half is measured, one learned from
     target:float=.3, # Share to close
     steps:int=100, # Of the optimiser
-    n:int=3, # Cases: the model as it is, with heads pruned, with heads closed, …
+    n:int=3, # Cases, as in `cases`
     lr:float=5e-4, # Highest learning rate
     **kwargs, # For `train_controller`
 ) -> ANNController: # The same controller
