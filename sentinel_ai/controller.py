@@ -19,27 +19,28 @@ from .plan import HeadPlan
 from .policy import SHAPES, ElasticBudget, Policy, Schedule
 from .policy import check_fits, check_value, constant, cosine, cubic
 from .policy import rigl_decay, settle, table_of
-from .ann import FEATURES, LOGS, ANNController, Context, Contributions
-from .ann import features, heads_in, shift_to
+from .ann import FEATURES, LOGS, ANNController
+from .ann import Context, Contributions, features, heads_in, shift_to
 from .decide import to_share
 
 # %% ../nbs/06_controller.ipynb #c0004
-_all_ = ['SHAPES', 'Schedule', 'cubic', 'cosine', 'constant', 'rigl_decay', 'ElasticBudget',
-         'settle', 'Policy', 'LOGS', 'FEATURES', 'Context', 'heads_in', 'features',
+_all_ = ['SHAPES', 'Schedule', 'cubic', 'cosine', 'constant', 'rigl_decay',
+         'ElasticBudget', 'settle', 'Policy',
+         'LOGS', 'FEATURES', 'Context', 'heads_in', 'features',
          'ANNController', 'shift_to', 'Contributions']
 
 # %% ../nbs/06_controller.ipynb #c0009
 class ThresholdController(Policy):
-    "Logits, lowered by high entropy and small gradients, raised by the opposite."
+    "Logits that fall for high entropy and small gradients."
     needs = ('entropy', 'gradient')
     def __init__(self,
         steps:int=1000, # Length of the run; a condemned head closes in a fourth
-        schedule=None, # Share to close, or a function of the step; None: one half decides
+        schedule=None, # Share to close, or a function of the step; None: by one half
         *,
         entropy:float|None=None, # Threshold; None: a quantile of the model's heads
         gradient:float|None=None, # Threshold; None: a quantile
         quantiles:tuple=(.7, .3), # Of entropy and gradient
-        tables:tuple=('entropy_norm', 'taylor'), # What the thresholds are for
+        tables:tuple=('entropy_norm', 'taylor'), # Whose thresholds
         rates:tuple|None=None, # Per step, for entropy and gradient; None: by `steps`
         floor:float=.2, # Entropy acts on gates above this
         up:bool=True, # Does the opposite raise a logit?
@@ -109,7 +110,8 @@ def decide(self:ThresholdController,
     passed = 1 if self.last is None else max(1, step - self.last)
     gates = self.update(stats, passed).sigmoid()
     self.last = step
-    return self.settle(torch.where(plan.exists, gates, math.nan), plan, step, share)
+    scores = torch.where(plan.exists, gates, math.nan)
+    return self.settle(scores, plan, step, share)
 
 # %% ../nbs/06_controller.ipynb #c0019
 @patch
@@ -129,8 +131,9 @@ def load_state_dict(self:ThresholdController, d):
     self.last = d.get('last')
     if not hasattr(self.schedule, 'load_state_dict'): return
     prefix = 'budget.'
-    mine = {k.removeprefix(prefix): v for k, v in d.items() if k.startswith(prefix)}
-    self.schedule.load_state_dict(mine)
+    names = [k for k in d if k.startswith(prefix)]
+    budget = {k.removeprefix(prefix): d[k] for k in names}
+    self.schedule.load_state_dict(budget)
 
 # %% ../nbs/06_controller.ipynb #c0023
 @patch_to(ThresholdController, cls_method=True)
@@ -203,7 +206,7 @@ def loss(self:ReinforceController, reward:float) -> Float[Tensor, '']:
 def observe(self:ReinforceController,
     reward:float, # From `reward`, after the model has run with the plan
 ) -> Float[Tensor, '']: # The loss, to go backward from
-    "The policy gradient's loss for the last plan; the baseline moves afterwards."
+    "The loss for the last plan; the baseline moves afterwards."
     check_value(math.isfinite(reward), f'reward={reward!r}', 'a finite number')
     loss = self.loss(reward)
     moved = self.decay*self.baseline + (1 - self.decay)*reward

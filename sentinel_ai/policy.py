@@ -307,7 +307,8 @@ def share(self:Policy, stats:HeadStats, step:int) -> float|None:
     if self.schedule is None: return None
     if hasattr(self.schedule, 'update'):
         if 'loss' not in stats.info: raise KeyError(
-            "the budget follows stats.info['loss'], which isn't there; measure with 'gradient'")
+            "the budget follows stats.info['loss'], which isn't there; "
+            "measure with 'gradient'")
         self.schedule.update(stats.info['loss'])
     return self.schedule(step)
 
