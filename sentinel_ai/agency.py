@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
 from .gates import adapt, check_edit, is_adaptive
+from .plan import existing
 from .state import state_of, transaction, will_write
 from .surgery import HeadPlan, original_heads
 
@@ -28,85 +29,114 @@ FACTORS = (1., .7, .5, 0.)   # by state
 class ConsentError(PermissionError):
     "A head was asked for whose consent is withdrawn."
 
-# %% ../nbs/05_agency.ipynb #c0010
+# %% ../nbs/05_agency.ipynb #c0011
 @dataclass(frozen=True)
 class AgencyConfig:
-    "When a head changes its state. Pairs are `(enter, leave)`: a state is entered at the first value and left below the second."
-    saturated:float=1.5         # A head is saturated while it writes this many times what its layer's open heads write on average
+    "When a head changes its state. Pairs are `(enter, leave)`: entered at one, left below the other."
+    saturated:float=1.5         # Use over the mean of its layer's open heads at which a head is saturated
     overloaded:tuple=(.6, .3)   # Share of time that a head is saturated
-    misaligned:tuple=(.6, .3)   # Disagreement: mean of ∂L/∂g over mean of |∂L/∂g|, from -1 to 1
+    misaligned:tuple=(.6, .3)   # Disagreement: mean of ∂L/∂g over mean of |∂L/∂g|, -1 to 1
     decay:float=.8              # What a moving average keeps at each update
     patience:int=3              # Updates in a row that must agree before a state changes
-    unused:float|None=None      # Withdraw heads whose use is below this share of their layer's mean; None: never
+    unused:float|None=None      # Withdraw heads whose use is below this share of the mean; None: never
     unused_patience:int=10      # Updates in a row that this takes
+
     def __post_init__(self):
-        for name in ('overloaded', 'misaligned'): object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        _within('saturated', self.saturated, self.saturated > 1, 'above 1 (1 is the mean of the layer)')
+        for name in ('overloaded', 'misaligned'):
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        above = self.saturated > 1
+        _within('saturated', self.saturated, above, 'above 1 (1 is the mean of the layer)')
         _within('decay', self.decay, 0 <= self.decay < 1, '0 or more and below 1')
         for name in ('patience', 'unused_patience'):
             n = getattr(self, name)
             _within(name, n, isinstance(n, int) and n >= 1, 'whole numbers from 1')
-        if self.unused is not None: _within('unused', self.unused, 0 < self.unused < 1, 'None (never), or between 0 and 1')
+        ok = self.unused is None or 0 < self.unused < 1
+        _within('unused', self.unused, ok, 'None (never), or between 0 and 1')
 
-# %% ../nbs/05_agency.ipynb #c0011
+# %% ../nbs/05_agency.ipynb #c0012
 def _within(name, value, ok, allowed):
     if not ok: raise ValueError(f'{name}={value!r}; allowed: {allowed}')
 
 def _pair(name, v):
-    ok = isinstance(v, (tuple, list)) and len(v) == 2 and all(isinstance(x, (int, float)) for x in v) and 0 <= v[1] < v[0] <= 1
+    "A pair of thresholds `(enter, leave)`, checked."
+    ok = isinstance(v, (tuple, list)) and len(v) == 2
+    ok = ok and all(isinstance(x, (int, float)) for x in v)
+    ok = ok and 0 <= v[1] < v[0] <= 1
     _within(name, v, ok, '(enter, leave) with 0 <= leave < enter <= 1')
     return tuple(v)
 
-# %% ../nbs/05_agency.ipynb #c0014
+# %% ../nbs/05_agency.ipynb #c0015
 _FORMAT = 1
-_INTS = ('n_use', 'n_grad', 'pending', 'count', 'low')   # updates seen, the state that is coming, for how many updates, updates of low use
-_SIGNALS = dict(saturation='n_use', use='n_use', disagreement='n_grad')
+_SIGNALS = dict(saturation='n_use', use='n_use', disagreement='n_grad')   # and who counts their updates
+_INTS = (
+    'n_use', 'n_grad', # updates seen
+    'pending', 'count', # the state that is coming, and for how many updates
+    'low') # updates of low use
 
 class Agency:
-    "The state and the consent of every head, and the log of every change. Tables are `[l, h]`, in the numbering of the original model."
+    "The state and the consent of every head, and the log of every change."
     def __init__(self,
-        policy:str='strict', # Asking for a withdrawn head raises ('strict') or is recorded and refused ('record')
-        log:str|os.PathLike|None=None, # A file of JSON lines that every event is appended to
+        policy:str='strict', # A withdrawn head that is asked for raises ('strict') or is recorded ('record')
+        log:str|os.PathLike|None=None, # A file of JSON lines that events are appended to
         **thresholds, # Of `AgencyConfig`
     ):
-        if policy not in ('strict', 'record'): raise ValueError(f"policy={policy!r}; allowed: 'strict', 'record'")
-        names = [f.name for f in fields(AgencyConfig)]
-        if bad := thresholds.keys() - set(names): raise TypeError(f'{sorted(bad)[0]!r} is no threshold; allowed: {", ".join(names)}')
-        if log is not None and not Path(log).parent.is_dir(): raise FileNotFoundError(f'log={str(log)!r}: its folder does not exist; create it first')
-        self.policy, self.log, self.config = policy, log, AgencyConfig(**thresholds)
-        self.events, self.step, self.model, self.exists, self.tables = [], 0, None, None, {}
+        _check_init(policy, log, thresholds)
+        self.policy, self.log = policy, log
+        self.config = AgencyConfig(**thresholds)
+        self.events, self.step = [], 0
+        self.model = self.exists = None
+        self.tables = {}                 # `[l, h]`, in the numbering of the model as built
 
-    def __getstate__(self): return self.__dict__ | dict(log=None)    # a copy doesn't write to the original's log
+    def __getstate__(self): return self.__dict__ | dict(log=None)    # a copy has no log file
 
-# %% ../nbs/05_agency.ipynb #c0015
+# %% ../nbs/05_agency.ipynb #c0017
+def _check_init(policy, log, thresholds):
+    "Raise unless an `Agency` can be made of these."
+    if policy not in ('strict', 'record'):
+        raise ValueError(f"policy={policy!r}; allowed: 'strict', 'record'")
+    names = [f.name for f in fields(AgencyConfig)]
+    bad = sorted(thresholds.keys() - set(names))
+    if bad: raise TypeError(f'{bad[0]!r} is no threshold; allowed: {", ".join(names)}')
+    if log is not None and not Path(log).parent.is_dir(): raise FileNotFoundError(
+        f'log={str(log)!r}: its folder does not exist; create it first')
+
 @patch
 def _start(self:Agency, exists):
     "All heads active, all consenting, nothing measured."
     self.exists = exists.clone()
-    new = lambda dtype: torch.zeros(exists.shape, dtype=dtype, device='cpu')
-    self.tables = dict(state=new(torch.int64), consent=exists.clone()) | {k: new(torch.int64) for k in _INTS} | {k: new(torch.float64) for k in _SIGNALS}
+    zeros = lambda dtype: torch.zeros(exists.shape, dtype=dtype, device='cpu')
+    self.tables = dict(state=zeros(torch.int64), consent=exists.clone())
+    self.tables |= {name: zeros(torch.int64) for name in _INTS}
+    self.tables |= {name: zeros(torch.float64) for name in _SIGNALS}
 
+# %% ../nbs/05_agency.ipynb #c0020
 @patch
 def _heads(self:Agency, heads):
     "Pairs `(layer, head)` from a pair, pairs or a boolean table; each must exist."
     if self.exists is None: raise RuntimeError('this agency knows no heads yet; attach(model) first')
     if isinstance(heads, Tensor) and heads.dtype == torch.bool:
-        if heads.shape != self.exists.shape: raise ValueError(f'a table of shape {tuple(heads.shape)} was given; this model needs {tuple(self.exists.shape)}')
+        shape, want = tuple(heads.shape), tuple(self.exists.shape)
+        if shape != want:
+            raise ValueError(f'a table of shape {shape} was given; this model needs {want}')
         heads = heads.nonzero().tolist()
     heads = list(heads)
-    if len(heads) == 2 and not any(hasattr(x, '__len__') for x in heads): heads = [heads]
+    is_pair = len(heads) == 2 and not any(hasattr(x, '__len__') for x in heads)
+    if is_pair: heads = [heads]
     return list(dict.fromkeys(self._head(x) for x in heads))
 
 @patch
 def _head(self:Agency, pair):
     try: l, h = map(operator.index, pair)
-    except (TypeError, ValueError): raise TypeError(f'{pair!r} is no head; give pairs (layer, head) of whole numbers') from None
+    except (TypeError, ValueError):
+        raise TypeError(f'{pair!r} is no head; give pairs (layer, head) of whole numbers') from None
     n = self.exists.sum(1).tolist()
-    if not 0 <= l < len(n): raise IndexError(f'layer {l} head {h}: the model has layers 0 to {len(n)-1}')
-    if not 0 <= h < n[l]: raise IndexError(f'layer {l} head {h}: layer {l} has ' + (f'heads 0 to {n[l]-1}' if n[l] else 'no heads'))
+    where = f'layer {l} head {h}'
+    if not 0 <= l < len(n): raise IndexError(f'{where}: the model has layers 0 to {len(n)-1}')
+    has = f'heads 0 to {n[l]-1}' if n[l] else 'no heads'
+    if not 0 <= h < n[l]: raise IndexError(f'{where}: layer {l} has {has}')
     return l, h
 
-# %% ../nbs/05_agency.ipynb #c0017
+# %% ../nbs/05_agency.ipynb #c0024
 @patch(as_prop=True)
 def states(self:Agency) -> Int[Tensor, 'l h']:
     "A `HeadState` for each head, -1 where there is none."
@@ -120,52 +150,80 @@ def consent(self:Agency) -> Bool[Tensor, 'l h']:
 @patch(as_prop=True)
 def factors(self:Agency) -> Float[Tensor, 'l h']:
     "What multiplies the gates, NaN where no head exists."
-    return torch.tensor(FACTORS, device='cpu')[self.tables['state']].masked_fill(~self.exists, float('nan'))
+    by_state = torch.tensor(FACTORS, device='cpu')
+    return by_state[self.tables['state']].masked_fill(~self.exists, float('nan'))
+
+# %% ../nbs/05_agency.ipynb #c0026
+def _averaged(t, decay):
+    "The signals of some tables, corrected for their start."
+    res = {}
+    for name, counter in _SIGNALS.items():
+        n = t[counter]
+        seen = 1. if name == 'use' else 1 - decay**n.double()
+        res[name] = torch.where(n > 0, t[name]/seen, float('nan'))
+    return res
 
 @patch(as_prop=True)
 def signals(self:Agency) -> dict:
-    "The averaged signals: 'saturation' (share of time), 'use' (in the last update), 'disagreement'; NaN before the first measurement."
+    "'saturation' (share of time), 'use' (last update), 'disagreement'; NaN before the first measurement."
     return _averaged(self.tables, self.config.decay)
 
-def _averaged(t, decay):
-    share = lambda k, n: 1. if k == 'use' else 1 - decay**t[n].double()     # of the weights that an average has seen so far
-    return {k: torch.where(t[n] > 0, t[k]/share(k, n), float('nan')) for k, n in _SIGNALS.items()}
-
-# %% ../nbs/05_agency.ipynb #c0019
+# %% ../nbs/05_agency.ipynb #c0029
 def _event(step, actor, head, before, after, reason, kind):
-    if not isinstance(reason, str) or not reason.strip(): raise ValueError(f'reason={reason!r}; say in words why, it goes into the log')
-    return dict(step=step, actor=actor, head=list(head), **{'from': HeadState(before).name, 'to': HeadState(after).name}, reason=reason, kind=kind)
+    if not isinstance(reason, str) or not reason.strip():
+        raise ValueError(f'reason={reason!r}; say in words why, it goes into the log')
+    change = {'from': HeadState(before).name, 'to': HeadState(after).name}
+    return dict(step=step, actor=actor, head=list(head), **change, reason=reason, kind=kind)
+
+def _torn(f):
+    "Does a file, open at its end, stop within a line?"
+    if not f.tell(): return False
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) != b'\n'
 
 @patch
 def _record(self:Agency, events):
     "Append events to the file, then to the list."
     if self.log is not None and events:
+        lines = [json.dumps(e, ensure_ascii=False) + '\n' for e in events]
         with open(self.log, 'ab+') as f:
-            torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n'
-            f.write(b'\n'*bool(torn) + ''.join(json.dumps(e, ensure_ascii=False) + '\n' for e in events).encode())
+            new_line = b'\n' if _torn(f) else b''
+            f.write(new_line + ''.join(lines).encode())
             f.flush()
     self.events += events
 
+# %% ../nbs/05_agency.ipynb #c0031
 def read_log(
     path:str|os.PathLike, # A file that an `Agency` wrote
 ) -> list: # The events, oldest first
-    "Read an audit log. Lines that aren't whole (the process was killed while it wrote them) are left out with a warning."
+    "Read an audit log. Lines that aren't whole are left out with a warning."
     events, bad = [], []
     for i, line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
         try:
             if line.strip(): events.append(json.loads(line))
         except ValueError: bad.append(i)
-    if bad: warnings.warn(f'{path}: line {", ".join(map(str, bad))} is not whole and was left out')
+    numbers = ', '.join(map(str, bad))
+    if bad: warnings.warn(f'{path}: line {numbers} is not whole and was left out')
     return events
 
-# %% ../nbs/05_agency.ipynb #c0020
+# %% ../nbs/05_agency.ipynb #c0034
+def _usable(m):
+    "Raise unless factors would have an effect."
+    check_edit(m, 'factors')
+    if not is_adaptive(m): raise RuntimeError(
+        f'{type(m).__name__} has lost its gates; detach() this agency, or adapt(model) again')
+
+@patch
+def _copy(self:Agency): return {name: t.clone() for name, t in self.tables.items()}
+
 @patch
 def _commit(self:Agency, tables, events, step=None):
     "Record what changes, then change it, then tell the model."
     if self.model is not None: _usable(self.model)
     with _whole(self):
         self._record(events)
-        self.tables, self.step = tables, self.step if step is None else step
+        self.tables = tables
+        if step is not None: self.step = step
         if self.model is not None: self.sync()
 
 @contextlib.contextmanager
@@ -178,32 +236,28 @@ def _whole(agency):
         agency.rollback(held)
         raise
 
-@patch
-def _copy(self:Agency): return {k: t.clone() for k, t in self.tables.items()}
-
-def _usable(m):
-    "Raise unless factors would have an effect."
-    check_edit(m, 'factors')
-    if not is_adaptive(m): raise RuntimeError(f'{type(m).__name__} has lost its gates; detach() this agency, or adapt(model) again')
-
-# %% ../nbs/05_agency.ipynb #c0022
+# %% ../nbs/05_agency.ipynb #c0036
 def _fresh(t, l, h):
     "Forget what was measured on a head."
-    for k in (*_INTS, *_SIGNALS): t[k][l, h] = 0
+    for name in (*_INTS, *_SIGNALS): t[name][l, h] = 0
 
 @patch
 def _consent(self:Agency, heads, yes, reason, actor):
-    t, events, to = self._copy(), [], HeadState.ACTIVE if yes else HeadState.WITHDRAWN
+    t, events = self._copy(), []
+    to = HeadState.ACTIVE if yes else HeadState.WITHDRAWN
     for l, h in self._heads(heads):
         if bool(t['consent'][l, h]) == yes: continue
-        events.append(_event(self.step, actor, (l, h), int(t['state'][l, h]), to, reason, 'consent'))
-        t['consent'][l, h], t['state'][l, h] = yes, to
+        before = int(t['state'][l, h])
+        events.append(_event(self.step, actor, (l, h), before, to, reason, 'consent'))
+        t['consent'][l, h] = yes
+        t['state'][l, h] = to
         _fresh(t, l, h)
     self._commit(t, events)
 
+# %% ../nbs/05_agency.ipynb #c0038
 @patch
 def withdraw(self:Agency,
-    heads, # A pair `(layer, head)`, pairs, or a boolean table; in the numbering of the original model
+    heads, # A pair `(layer, head)`, pairs, or a boolean table; numbered as built
     reason:str, # For the log
     actor:str='user', # Who does it, for the log
 ):
@@ -216,26 +270,38 @@ def grant(self:Agency,
     reason:str, # For the log
     actor:str='user', # Who does it, for the log
 ):
-    "Give heads their consent back: they are active again. Their gates, and whether they were removed, stay as they are."
+    "Give heads their consent back: they are active again. Their gates aren't changed."
     self._consent(heads, True, reason, actor)
 
-# %% ../nbs/05_agency.ipynb #c0024
+# %% ../nbs/05_agency.ipynb #c0041
 @patch
 def allow(self:Agency,
     heads, # As for `withdraw`
     actor:str='controller', # Who asks, for the log
     what:str='open', # What is asked, for the log
 ) -> list: # The heads `(layer, head)` that consent
-    "Which of these heads may be opened. A withdrawn one is a violation: recorded, and `ConsentError` if the policy is 'strict'."
-    heads, W = self._heads(heads), HeadState.WITHDRAWN
-    no = [x for x in heads if not self.tables['consent'][x]]
-    self._record([_event(self.step, actor, x, W, W, f'asked to {what}', 'violation') for x in no])
-    if no and self.policy == 'strict': raise ConsentError(
-        f'{actor} asked to {what} layer {no[0][0]} head {no[0][1]}, whose consent is withdrawn'
-        + (f' (and {len(no)-1} more)' if len(no) > 1 else '') + "; grant(heads, reason) first, or use policy='record' to leave such heads out")
-    return [x for x in heads if x not in no]
+    "Which of these heads may be opened. A withdrawn one is a violation, recorded in any case."
+    heads, off = self._heads(heads), HeadState.WITHDRAWN
+    refused = [x for x in heads if not self.tables['consent'][x]]
+    asked = f'asked to {what}'
+    self._record([_event(self.step, actor, x, off, off, asked, 'violation') for x in refused])
+    if refused and self.policy == 'strict':
+        (l, h), n = refused[0], len(refused) - 1
+        more = f' (and {n} more)' if n else ''
+        raise ConsentError(f'{actor} {asked} layer {l} head {h}, whose consent is withdrawn{more}; '
+            "grant(heads, reason) first, or use policy='record' to leave such heads out")
+    return [x for x in heads if x not in refused]
 
-# %% ../nbs/05_agency.ipynb #c0025
+# %% ../nbs/05_agency.ipynb #c0044
+def _settable(state):
+    "A `HeadState` from a state or its name; withdrawn is a matter of consent."
+    names = ', '.join(s.name for s in HeadState if s != HeadState.WITHDRAWN)
+    try: to = HeadState[state.upper()] if isinstance(state, str) else HeadState(state)
+    except (KeyError, ValueError): raise ValueError(f'state {state!r}; allowed: {names}') from None
+    if to == HeadState.WITHDRAWN: raise ValueError(f'state {state!r} is a matter of consent; '
+        f'use withdraw(heads, reason). Allowed here: {names}')
+    return to
+
 @patch
 def set_state(self:Agency,
     heads, # As for `withdraw`
@@ -243,53 +309,69 @@ def set_state(self:Agency,
     reason:str, # For the log
     actor:str='user', # Who does it, for the log
 ):
-    "Give heads a state by hand. It holds until the signals say otherwise, `patience` updates in a row."
-    names = [s.name for s in HeadState][:3]
-    try: to = HeadState[state.upper()] if isinstance(state, str) else HeadState(state)
-    except (KeyError, ValueError): raise ValueError(f'state {state!r}; allowed: {", ".join(names)}') from None
-    if to == HeadState.WITHDRAWN: raise ValueError(f'state {state!r} is a matter of consent; use withdraw(heads, reason). Allowed here: {", ".join(names)}')
+    "Give heads a state by hand, until `patience` updates in a row say otherwise."
+    to = _settable(state)
     t, events = self._copy(), []
     for l, h in self.allow(heads, actor, f'set to {to.name}'):
-        if t['state'][l, h] != to: events.append(_event(self.step, actor, (l, h), int(t['state'][l, h]), to, reason, 'state'))
-        t['state'][l, h], t['pending'][l, h], t['count'][l, h] = to, to, 0
+        before = int(t['state'][l, h])
+        if before != to: events.append(_event(self.step, actor, (l, h), before, to, reason, 'state'))
+        t['state'][l, h] = t['pending'][l, h] = to
+        t['count'][l, h] = 0
     self._commit(t, events)
 
-# %% ../nbs/05_agency.ipynb #c0027
+# %% ../nbs/05_agency.ipynb #c0047
+def _alike(a, b):
+    "Are two factors the same, so that the old one can be kept?"
+    if a is None or a.is_meta or b.is_meta: return False
+    same_kind = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return same_kind and torch.equal(a, b)
+
 @patch
 def sync(self:Agency):
     "Write the factors into the model's gates, in the numbering that the model has now."
     if self.model is None: raise RuntimeError('this agency is not attached; attach(model) first')
     _usable(self.model)
     table = self.factors
-    for s in self.model.sentinel.now.heads:
-        sent = s.attn.sentinel
-        new = table[s.layer, original_heads(self.model, s.layer)].to(device=sent.gate.device, dtype=sent.gate.dtype)
-        old = sent.factor
-        same = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
-        if not same or new.is_meta or not torch.equal(old, new): sent.factor = new
+    for site in self.model.sentinel.now.heads:
+        sentinel = site.attn.sentinel
+        heads = original_heads(self.model, site.layer)
+        gate = sentinel.gate
+        new = table[site.layer, heads].to(device=gate.device, dtype=gate.dtype)
+        if not _alike(sentinel.factor, new): sentinel.factor = new
 
-# %% ../nbs/05_agency.ipynb #c0028
+# %% ../nbs/05_agency.ipynb #c0049
+@patch
+def _check_attach(self:Agency, m):
+    "The heads that the model was built with. Raises unless this agency can be attached."
+    state = state_of(m)
+    other = None if state is None else state.agency
+    if other is not None and other is not self:
+        raise RuntimeError('another agency is attached to this model; detach() that one first')
+    if self.model is not None and self.model is not m:
+        raise RuntimeError('this agency is attached to another model; detach() it first')
+    if is_adaptive(m): _usable(m)
+    exists = HeadPlan.from_gates(m).exists if is_adaptive(m) else ~head_map(m).table().isnan()
+    if self.exists is not None and not torch.equal(self.exists, exists): raise ValueError(
+        f'this agency is about layers of {self.exists.sum(1).tolist()} heads, '
+        f'the model has {exists.sum(1).tolist()}; make a new Agency')
+    return exists
+
 @patch
 def attach(self:Agency,
     model:nn.Module, # Any decoder; it is adapted if it isn't yet
 ) -> nn.Module: # The same object
-    "Put this agency in charge of a model's heads; it is at `model.sentinel.agency`. Everything is checked before anything is changed."
+    "Put this agency in charge of a model's heads, as `model.sentinel.agency`."
     m = base_model(model)
-    other = state.agency if (state := state_of(m)) is not None else None
-    if other is not None and other is not self: raise RuntimeError('another agency is attached to this model; detach() that one first')
-    if self.model is not None and self.model is not m: raise RuntimeError('this agency is attached to another model; detach() it first')
-    if is_adaptive(m): _usable(m)
-    exists = HeadPlan.from_gates(m).exists if is_adaptive(m) else ~head_map(m).table().isnan()
-    if self.exists is not None and not torch.equal(self.exists, exists): raise ValueError(
-        f'this agency is about layers of {self.exists.sum(1).tolist()} heads, the model has {exists.sum(1).tolist()}; make a new Agency')
+    exists = self._check_attach(m)
     with _whole(self), transaction(m):
         adapt(m)
         if self.exists is None: self._start(exists)
-        self.model, m.sentinel.agency = m, self
+        self.model = m
+        m.sentinel.agency = self
         self.sync()
     return model
 
-# %% ../nbs/05_agency.ipynb #c0074
+# %% ../nbs/05_agency.ipynb #c0053
 @patch
 def snapshot(self:Agency):
     "What `rollback` needs. Tables are never written in place, so references are enough."
@@ -297,99 +379,155 @@ def snapshot(self:Agency):
 
 @patch
 def rollback(self:Agency, held):
-    "Go back to what `snapshot` saw; lines of a log file stay."
+    "Go back to what `snapshot` saw; lines of a log file are kept."
     fields, events = held
     vars(self).update(fields)
     self.events[:] = events
 
-# %% ../nbs/05_agency.ipynb #c0029
+# %% ../nbs/05_agency.ipynb #c0054
 @patch
 def detach(self:Agency) -> nn.Module: # The model
-    "Leave the model: gates alone count again. States and consent stay in this object."
+    "Leave the model: gates alone count again. States and consent are kept in this object."
     m = self.model
     if m is None: raise RuntimeError('this agency is not attached to a model')
     with _whole(self):
         if is_adaptive(m):
-            for s in m.sentinel.now.heads: s.attn.sentinel.factor = None
-        if (state := state_of(m)) is not None: state.agency = None
+            for site in m.sentinel.now.heads: site.attn.sentinel.factor = None
+        state = state_of(m)
+        if state is not None: state.agency = None
         self.model = None
     return m
 
+# %% ../nbs/05_agency.ipynb #c0062
 @patch
 @torch.no_grad()
 def bake(self:Agency) -> nn.Module: # The model
-    "Multiply the factors into the gates and detach. The model computes the same; heads that were turned down count as active again."
+    "Multiply the factors into the gates and detach. The model computes the same."
     if self.model is None: raise RuntimeError('this agency is not attached to a model')
-    m, t, A = self.model, self._copy(), HeadState.ACTIVE
-    turned = (t['state'] > A) & t['consent']
-    events = [_event(self.step, 'agency', x, int(t['state'][tuple(x)]), A, 'factor baked into the gate', 'state') for x in turned.nonzero().tolist()]
+    m, t, active = self.model, self._copy(), HeadState.ACTIVE
+    turned = (t['state'] > active) & t['consent']
+    events = []
+    for x in map(tuple, turned.nonzero().tolist()):
+        before, why = int(t['state'][x]), 'factor baked into the gate'
+        events.append(_event(self.step, 'agency', x, before, active, why, 'state'))
     with _whole(self):
         self.sync()
         self._record(events)
-        for s in m.sentinel.now.heads:
-            g, c = s.attn.sentinel.gate, s.attn.sentinel.config
-            will_write(g)
-            g.copy_((g.clamp(0, 1) if c.mode == 'learned' else g) * s.attn.sentinel.factor)
+        for site in m.sentinel.now.heads: _bake_site(site.attn.sentinel)
         self.detach()
-        self.tables = t | dict(state=t['state'].masked_fill(turned, A))
+        self.tables = t | dict(state=t['state'].masked_fill(turned, active))
     return m
 
-# %% ../nbs/05_agency.ipynb #c0044
+def _bake_site(sentinel):
+    "Multiply one layer's factors into its gates."
+    gate = sentinel.gate
+    value = gate.clamp(0, 1) if sentinel.mode == 'learned' else gate
+    will_write(gate)
+    gate.copy_(value * sentinel.factor)
+
+# %% ../nbs/05_agency.ipynb #c0068
+def _check_table(name, x, exists):
+    "Raise unless a table is about these heads and holds numbers that make sense."
+    if x.shape != exists.shape: raise ValueError(
+        f'{name} has shape {tuple(x.shape)}, the original model has {tuple(exists.shape)}; '
+        'bring tables of a compact model to it: plan.full(table)')
+    signed = name == 'grad'
+    bad = x.isinf() | (~x.isnan() & ~exists)
+    if not signed: bad |= x < 0
+    if not bad.any(): return
+    l, h = bad.nonzero()[0].tolist()
+    no_head = '' if exists[l, h] else ', and the model has no such head'
+    numbers = 'finite numbers' if signed else 'finite numbers from 0'
+    raise ValueError(f'{name} of layer {l} head {h} is {x[l, h]:g}{no_head}; '
+        f'allowed are {numbers}, and NaN for what was not measured')
+
 @patch
 def _measured(self:Agency, stats):
-    "Tables `use`, `grad`, `taylor`, checked."
-    t = {}
-    for k in ('use', 'grad', 'taylor'):
-        if k not in stats.tables: raise KeyError(f"{k!r} was not measured; measure(model, batches, what=('gradient', 'use')) does")
-        t[k] = stats.tables[k].detach().to('cpu', torch.float64)
-    exists = ~t['use'].isnan() if self.exists is None else self.exists
-    for k, x in t.items():
-        if x.shape != exists.shape: raise ValueError(
-            f'{k} has shape {tuple(x.shape)}, the original model has {tuple(exists.shape)}; bring tables of a compact model to it: plan.full(table)')
-        bad = x.isinf() | (~x.isnan() & ~exists) | ((x < 0) if k != 'grad' else False)
-        if bad.any():
-            l, h = bad.nonzero()[0].tolist()
-            raise ValueError(f'{k} of layer {l} head {h} is {x[l, h]:g}' + ('' if exists[l, h] else ', and the model has no such head')
-                             + f'; allowed are finite numbers{"" if k == "grad" else " from 0"}, and NaN for what was not measured')
-    return exists, *t.values()
+    "Where heads exist, and the tables `use`, `grad`, `taylor`, checked."
+    tables = {}
+    for name in ('use', 'grad', 'taylor'):
+        if name not in stats.tables: raise KeyError(
+            f"{name!r} was not measured; measure(model, batches, what=('gradient', 'use')) does")
+        tables[name] = stats.tables[name].detach().to('cpu', torch.float64)
+    exists = ~tables['use'].isnan() if self.exists is None else self.exists
+    for name, x in tables.items(): _check_table(name, x, exists)
+    return exists, *tables.values()
 
-# %% ../nbs/05_agency.ipynb #c0045
-def _average(t, k, new, mask, decay):
-    "Move an average where `mask` holds, and count."
-    t[k] = torch.where(mask, decay*t[k] + (1-decay)*new, t[k])
+# %% ../nbs/05_agency.ipynb #c0071
+def _average(t, name, new, mask, decay):
+    "Move an average where `mask` holds."
+    t[name] = torch.where(mask, decay*t[name] + (1-decay)*new, t[name])
 
 @patch
-def _listen(self:Agency, t, use, grad, taylor, open_):
+def _listen(self:Agency, t, use, grad, taylor, is_open):
     "Bring the signals up to date."
-    c, ok = self.config, t['consent']
-    seen, felt = open_ & ok & ~use.isnan(), ok & (taylor > 0) & ~grad.isnan()
-    if self.model is not None: use = use / torch.tensor(FACTORS, dtype=use.dtype, device='cpu')[t['state']]
+    c, consent = self.config, t['consent']
+    seen = is_open & consent & ~use.isnan()
+    felt = consent & (taylor > 0) & ~grad.isnan()
+    if self.model is not None:
+        use = use / torch.tensor(FACTORS, dtype=use.dtype, device='cpu')[t['state']]
     use = torch.where(seen, use, 0.)
-    ratio = use * seen.sum(1, keepdim=True) / use.sum(1, keepdim=True).clamp_min(1e-300)
-    t['n_use'], t['n_grad'] = t['n_use'] + seen, t['n_grad'] + felt
+    total = use.sum(1, keepdim=True).clamp_min(1e-300)
+    ratio = use * seen.sum(1, keepdim=True) / total       # of the layer's mean
+    against = (grad/taylor).nan_to_num().clamp(-1, 1)
+    t['n_use'] = t['n_use'] + seen
+    t['n_grad'] = t['n_grad'] + felt
     t['use'] = torch.where(seen, ratio, t['use'])
     _average(t, 'saturation', (ratio > c.saturated).double(), seen, c.decay)
-    _average(t, 'disagreement', (grad/taylor).nan_to_num().clamp(-1, 1), felt, c.decay)
-    if c.unused is not None: t['low'] = torch.where(seen, (t['low'] + 1)*(ratio < c.unused), t['low'])
+    _average(t, 'disagreement', against, felt, c.decay)
+    if c.unused is None: return
+    low = (t['low'] + 1)*(ratio < c.unused)
+    t['low'] = torch.where(seen, low, t['low'])
 
-# %% ../nbs/05_agency.ipynb #c0046
+# %% ../nbs/05_agency.ipynb #c0074
+def _wanted(t, signals, c):
+    "The state that the signals ask for."
+    now = t['state']
+    want = torch.full_like(now, HeadState.ACTIVE)
+    cases = ((HeadState.MISALIGNED, signals['disagreement'], c.misaligned),
+             (HeadState.OVERLOADED, signals['saturation'], c.overloaded))
+    for state, signal, (enter, leave) in cases:
+        holds = (now == state) & (signal >= leave)
+        want = torch.where((signal >= enter) | holds, int(state), want)
+    return torch.where(t['consent'], want, now)
+
 @patch
 def _judge(self:Agency, t, signals):
     "Let states change that enough updates agree on."
-    c, S, now = self.config, HeadState, t['state']
-    want = torch.full_like(now, S.ACTIVE)
-    for state, x, (enter, leave) in ((S.MISALIGNED, signals['disagreement'], c.misaligned), (S.OVERLOADED, signals['saturation'], c.overloaded)):
-        want = torch.where((x >= enter) | ((now == state) & (x >= leave)), int(state), want)
-    want = torch.where(t['consent'], want, now)
-    t['count'] = torch.where(want == now, 0, torch.where(want == t['pending'], t['count'] + 1, 1))
+    now, want = t['state'], _wanted(t, signals, self.config)
+    again = torch.where(want == t['pending'], t['count'] + 1, 1)
+    count = torch.where(want == now, 0, again)
+    change = count >= self.config.patience
     t['pending'] = want
-    change = t['count'] >= c.patience
-    t['state'], t['count'] = torch.where(change, want, now), t['count'].masked_fill(change, 0)
+    t['state'] = torch.where(change, want, now)
+    t['count'] = count.masked_fill(change, 0)
     return change
 
+# %% ../nbs/05_agency.ipynb #c0077
+def _why(signals, x):
+    "The signals of one head, in words."
+    told = {name: signals[name][x] for name in ('saturation', 'disagreement')}
+    return ', '.join(f'{name} {v:.2f}' for name, v in told.items() if not v.isnan())
+
+@patch
+def _drop(self:Agency, t, step):
+    "Withdraw heads whose use was low for long, if the config says so."
+    c, events, off = self.config, [], HeadState.WITHDRAWN
+    if c.unused is None: return events
+    long = (t['low'] >= c.unused_patience) & t['consent']
+    for x in map(tuple, long.nonzero().tolist()):
+        why = (f"use {t['use'][x]:.3f} of the layer's mean, "
+               f"below {c.unused:g} for {int(t['low'][x])} updates")
+        events.append(_event(step, 'agency', x, int(t['state'][x]), off, why, 'consent'))
+        t['consent'][x] = False
+        t['state'][x] = off
+        _fresh(t, *x)
+    return events
+
+# %% ../nbs/05_agency.ipynb #c0078
 @patch
 def update(self:Agency,
-    stats, # `HeadStats` with 'use', 'grad' and 'taylor', in the numbering of the original model
+    stats, # `HeadStats` with 'use', 'grad' and 'taylor', numbered as built
     step:int|None=None, # Step of the training, for the log; default one more than before
 ) -> list: # The events
     "Take in one measurement and change the states that it settles."
@@ -399,85 +537,120 @@ def update(self:Agency,
     with _whole(self):
         if self.exists is None: self._start(exists)
         t, was = self._copy(), self.tables['state']
-        self._listen(t, use, grad, taylor, use > 0 if self.model is None else HeadPlan.from_gates(self.model).keep)
-        then = _averaged(t, self.config.decay)
-        events = [_event(step, 'agency', x, int(was[x]), int(t['state'][x]), _why(then, x), 'state') for x in map(tuple, self._judge(t, then).nonzero().tolist())]
+        is_open = use > 0 if self.model is None else HeadPlan.from_gates(self.model).keep
+        self._listen(t, use, grad, taylor, is_open)
+        signals = _averaged(t, self.config.decay)
+        events = []
+        for x in map(tuple, self._judge(t, signals).nonzero().tolist()):
+            before, after = int(was[x]), int(t['state'][x])
+            events.append(_event(step, 'agency', x, before, after, _why(signals, x), 'state'))
         events += self._drop(t, step)
         self._commit(t, events, step)
     return events
 
-# %% ../nbs/05_agency.ipynb #c0047
-def _why(signals, x): return ', '.join(f'{k} {signals[k][x]:.2f}' for k in ('saturation', 'disagreement') if not signals[k][x].isnan())
-
-@patch
-def _drop(self:Agency, t, step):
-    "Withdraw heads whose use was low for long, if the config says so."
-    c, events, W = self.config, [], HeadState.WITHDRAWN
-    if c.unused is None: return events
-    for l, h in ((t['low'] >= c.unused_patience) & t['consent']).nonzero().tolist():
-        why = f"use {t['use'][l, h]:.3f} of the layer's mean, below {c.unused:g} for {int(t['low'][l, h])} updates"
-        events.append(_event(step, 'agency', (l, h), int(t['state'][l, h]), W, why, 'consent'))
-        t['consent'][l, h], t['state'][l, h] = False, W
-        _fresh(t, l, h)
-    return events
-
-# %% ../nbs/05_agency.ipynb #c0059
+# %% ../nbs/05_agency.ipynb #c0090
 @patch
 def _sum(self:Agency):
+    "How many heads are in each state, in a line."
     if self.exists is None: return f'Agency ({self.policy}): no heads yet; attach(model)'
-    n, kinds = [int((self.states == s).sum()) for s in HeadState], [e['kind'] for e in self.events]
-    return (f'{sum(n)} heads: ' + ', '.join(f'{k} {s.name.lower()}' for k, s in zip(n, HeadState) if k)
-            + f'; policy {self.policy}, step {self.step}, {len(kinds)} events' + (f', {v} violations' if (v := kinds.count('violation')) else ''))
+    counts = {s.name.lower(): int((self.states == s).sum()) for s in HeadState}
+    by_state = ', '.join(f'{n} {name}' for name, n in counts.items() if n)
+    kinds = [e['kind'] for e in self.events]
+    text = f'{sum(counts.values())} heads: {by_state}'
+    text += f'; policy {self.policy}, step {self.step}, {len(kinds)} events'
+    violations = kinds.count('violation')
+    return text + (f', {violations} violations' if violations else '')
 
 @patch
 def __repr__(self:Agency): return self._sum()
 
+# %% ../nbs/05_agency.ipynb #c0091
+@patch
+def _odd(self:Agency):
+    "The heads that aren't plainly active."
+    if self.exists is None: return []
+    return ((self.states > 0) | (self.exists & ~self.consent)).nonzero().tolist()
+
+@patch
+def _row(self:Agency, l, h):
+    "What a table says about one head."
+    number = lambda x: '' if x.isnan() else f'{x:.2f}'
+    state = HeadState(int(self.states[l, h])).name.lower()
+    consent = 'given' if self.consent[l, h] else 'withdrawn'
+    signals = [number(self.signals[name][l, h]) for name in _SIGNALS]
+    return (str(l), str(h), state, consent, f'{self.factors[l, h]:g}', *signals)
+
 @patch
 def _repr_markdown_(self:Agency, most=50):
-    if self.exists is None or not (odd := ((self.states > 0) | (self.exists & ~self.consent)).nonzero().tolist()): return self._sum()
-    sig, f = self.signals, self.factors
-    num = lambda x: '' if x.isnan() else f'{x:.2f}'
-    rows = [('layer', 'head', 'state', 'consent', 'factor', *_SIGNALS), ('---',)*(5 + len(_SIGNALS))]
-    for l, h in odd[:most]: rows.append((str(l), str(h), HeadState(int(self.states[l, h])).name.lower(), 'given' if self.consent[l, h] else 'withdrawn',
-                                         f'{f[l, h]:g}', *(num(sig[k][l, h]) for k in _SIGNALS)))
-    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows) + f'\n\n{self._sum()}' + (f'; {len(odd)-most} heads more' if len(odd) > most else '') + '.'
+    odd = self._odd()
+    if not odd: return self._sum()
+    names = ('layer', 'head', 'state', 'consent', 'factor', *_SIGNALS)
+    rows = [names, ('---',)*len(names), *(self._row(l, h) for l, h in odd[:most])]
+    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
+    more = f'; {len(odd)-most} heads more' if len(odd) > most else ''
+    return '\n'.join(lines) + f'\n\n{self._sum()}{more}.'
 
-# %% ../nbs/05_agency.ipynb #c0067
+# %% ../nbs/05_agency.ipynb #c0100
 @patch
 def to_dict(self:Agency,
     events:int=100, # How many of the last events to keep
 ) -> dict:
     "What JSON can hold: policy, thresholds, all tables, the last events."
-    return dict(version=_FORMAT, policy=self.policy, config={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
-                step=self.step, heads=None if self.exists is None else self.exists.sum(1).tolist(),
-                tables={k: t.tolist() for k, t in self.tables.items()}, events=[dict(e) for e in self.events[max(0, len(self.events)-events):]])
+    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    config = {name: plain(v) for name, v in asdict(self.config).items()}
+    heads = None if self.exists is None else self.exists.sum(1).tolist()
+    tables = {name: t.tolist() for name, t in self.tables.items()}
+    last = self.events[max(0, len(self.events) - events):]
+    return dict(version=_FORMAT, policy=self.policy, config=config, step=self.step,
+                heads=heads, tables=tables, events=[dict(e) for e in last])
+
+# %% ../nbs/05_agency.ipynb #c0103
+def _check_dict(d):
+    "Raise `ValueError` unless a dict has what an agency needs."
+    if not isinstance(d, dict) or 'version' not in d: raise ValueError(
+        f'no agency: a dict with a version is needed, {str(d)[:60]!r} was given')
+    if d['version'] > _FORMAT: raise ValueError(f"the agency has format version {d['version']}, "
+        f'this sentinel_ai reads up to {_FORMAT}; update sentinel_ai')
+    missing = sorted({'policy', 'config', 'step', 'heads', 'tables', 'events'} - d.keys())
+    if missing: raise ValueError(f'the agency lacks {missing}; it is incomplete')
+
+def _check_tables(t, exists):
+    "Raise `ValueError` unless tables fit the heads and each other."
+    want = tuple(exists.shape)
+    for name, v in t.items():
+        shape = tuple(v.shape)
+        if shape != want:
+            raise ValueError(f'the table {name} has shape {shape}, the heads say {want}')
+    for name in ('state', 'pending'):
+        if ((t[name] < 0) | (t[name] >= len(FACTORS))).any(): raise ValueError(
+            f'the table {name} holds a number that is no HeadState; allowed: 0 to {len(FACTORS)-1}')
+    odd = exists & ((t['state'] == HeadState.WITHDRAWN) == t['consent'])
+    if odd.any(): raise ValueError(
+        'layer %d head %d: state and consent contradict each other; withdrawn and '
+        'without consent must go together' % tuple(odd.nonzero()[0].tolist()))
+
+# %% ../nbs/05_agency.ipynb #c0104
+@patch
+def _fill(self:Agency, heads, tables):
+    "Take tables from lists, checked."
+    self._start(existing(heads))
+    missing = sorted(self.tables.keys() - tables.keys())
+    if missing: raise ValueError(f'the agency lacks the tables {missing}; it is incomplete')
+    t = {}
+    for name, v in self.tables.items():
+        t[name] = torch.tensor(tables[name], dtype=v.dtype, device='cpu')
+    _check_tables(t, self.exists)
+    self.tables = t
 
 @patch(cls_method=True)
 def from_dict(cls:Agency,
     d:dict, # What `to_dict` gave
     log:str|os.PathLike|None=None, # A file to append further events to
 ) -> Agency: # Not attached yet
-    "The agency that `to_dict` wrote. Raises `ValueError` for a newer format and for tables that contradict each other."
-    if not isinstance(d, dict) or 'version' not in d: raise ValueError(f'no agency: a dict with a version is needed, {str(d)[:60]!r} was given')
-    if d['version'] > _FORMAT: raise ValueError(f"the agency has format version {d['version']}, this sentinel_ai reads up to {_FORMAT}; update sentinel_ai")
-    if miss := {'policy', 'config', 'step', 'heads', 'tables', 'events'} - d.keys(): raise ValueError(f'the agency lacks {sorted(miss)}; it is incomplete')
+    "The agency that `to_dict` wrote. Raises `ValueError` for what can't be read."
+    _check_dict(d)
     res = cls(d['policy'], log, **d['config'])
-    res.step, res.events = d['step'], [dict(e) for e in d['events']]
+    res.step = d['step']
+    res.events = [dict(e) for e in d['events']]
     if d['heads'] is not None: res._fill(d['heads'], d['tables'])
     return res
-
-# %% ../nbs/05_agency.ipynb #c0068
-@patch
-def _fill(self:Agency, heads, tables):
-    "Take tables from lists, checked."
-    self._start(torch.arange(max(heads, default=0), device='cpu') < torch.tensor(heads, device='cpu')[:, None])
-    if miss := self.tables.keys() - tables.keys(): raise ValueError(f'the agency lacks the tables {sorted(miss)}; it is incomplete')
-    t = {k: torch.tensor(tables[k], dtype=v.dtype, device='cpu') for k, v in self.tables.items()}
-    for k, v in t.items():
-        if v.shape != self.exists.shape: raise ValueError(f'the table {k} has shape {tuple(v.shape)}, the heads say {tuple(self.exists.shape)}')
-    for k in ('state', 'pending'):
-        if ((t[k] < 0) | (t[k] >= len(FACTORS))).any(): raise ValueError(f'the table {k} holds a number that is no HeadState; allowed: 0 to {len(FACTORS)-1}')
-    odd = self.exists & ((t['state'] == HeadState.WITHDRAWN) == t['consent'])
-    if odd.any(): raise ValueError('layer %d head %d: state and consent contradict each other; withdrawn and without consent must go together'
-                                   % tuple(odd.nonzero()[0].tolist()))
-    self.tables = t

@@ -379,8 +379,8 @@ def _drop(m, old, notes, optimizer):
         if b is not s: sites[l] = _drop_layer(m, b, s, names, optimizer)
     state.plan = _old_plan(state.plan, old)
     now = replace(old, sites=sites, n_params=model_size(m))
-    state.built = replace(state.built, heads=old)
-    state.now = replace(state.now, heads=now)
+    state.built = replace(state.built.heads, heads=old)
+    state.now = replace(state.now.heads, heads=now)
     if state.plan.whole:
         old.n_params = model_size(m)
         all_back(m)
@@ -485,7 +485,7 @@ def init_small(
     if not 0 < keep <= 1: raise ValueError(
         f'keep={keep}: allowed is a share above 0 and up to 1')
     model = _random_init(_config_of(config, kwargs), seed, dtype)
-    plan = HeadPlan.of(model.sentinel.now)
+    plan = HeadPlan.of(model.sentinel.now.heads)
     plan.keep = plan.exists.clone()
     for s in model.sentinel.now.heads:
         n = max(1, round(keep*s.n_heads))

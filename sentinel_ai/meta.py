@@ -17,47 +17,60 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from .heads import HeadMap, base_model, head_map
 from .gates import adapt, hard_concrete, set_gates
 from .measure import HeadStats, measure, predictors
-from .controller import FEATURES, LOGS, ANNController, Context, features, heads_in, shift_to
+from .ann import FEATURES, LOGS, ANNController, Context, features, heads_in, shift_to
 
 # %% ../nbs/10a_meta.ipynb #c0009
 @torch.no_grad()
 def left_behind(
     hm:HeadMap, # The model's heads
-    grams:dict, # `stats.grams`: `mean` and `cov` of each layer's input of the output projection
+    grams:dict, # `stats.grams`: `mean` and `cov` of each output projection's input
     gates:Float[Tensor, 'l h'], # Open where above one half; NaN counts as closed
     lam:float=1e-2, # Ridge, relative to the mean of the diagonal
 ) -> dict: # Layer to `(M, m)`: `x @ M.T + m` is what is lost of each head
-    "The residual of every head from the open ones, which the repair of `prune` leaves behind."
-    return {s.layer: tuple(x.float() for x in predictors(grams[s.layer], s, lam=lam, open_=gates[s.layer, :s.n_heads] > .5)) for s in hm}
+    "The residual of every head from the open ones, which repair can't make good."
+    res = {}
+    for site in hm:
+        is_open = gates[site.layer, :site.n_heads] > .5
+        lost = predictors(grams[site.layer], site, lam=lam, open_=is_open)
+        res[site.layer] = tuple(x.float() for x in lost)
+    return res
 
-# %% ../nbs/10a_meta.ipynb #c0010
+# %% ../nbs/10a_meta.ipynb #c0011
+def _act(shut, lost_of):
+    "A hook before an output projection that takes off what closed heads lose."
+    def act(module, args):
+        x, *rest = args
+        lost = x
+        if lost_of is not None:
+            M, m = lost_of
+            lost = F.linear(x, M.to(x), m.to(x))
+        return x - shut.to(x)*lost, *rest
+    return act
+
+# %% ../nbs/10a_meta.ipynb #c0013
 @contextmanager
 def driven(
     model:nn.Module, # Any decoder, adapted or plain
-    gates:Float[Tensor, 'l h'], # In the model's numbering, with gradients; NaN leaves a head alone
-    predictors:dict|None=None, # Layer to `(M, m)`, from `left_behind` or `measure.predictors`; None: a gate acts on the whole head
+    gates:Float[Tensor, 'l h'], # In the model's numbering, with gradients; NaN: not driven
+    predictors:dict|None=None, # From `left_behind`; None: a gate acts on the whole head
 ):
     "Gates from outside at work in a model, differentiable, while the context lasts."
-    m = base_model(model)
-    hm = head_map(m)
-    if gates.shape != hm.shape: raise ValueError(f'gates of shape {tuple(gates.shape)} were given; this model needs {tuple(hm.shape)} (layers, heads)')
+    hm = head_map(base_model(model))
+    if gates.shape != hm.shape: raise ValueError(
+        f'gates of shape {tuple(gates.shape)} were given; '
+        f'this model needs {tuple(hm.shape)} (layers, heads)')
     handles = []
-    def hook(s):
-        g = gates[s.layer, :s.n_heads]
-        shut = torch.where(g.isnan(), 0., 1 - g).repeat_interleave(s.head_dim)
-        M, b = (None, None) if predictors is None else predictors[s.layer]
-        def act(module, args):
-            x = args[0]
-            lost = x if M is None else F.linear(x, M.to(x), b.to(x))
-            return x - shut.to(x)*lost, *args[1:]
-        return s.out.register_forward_pre_hook(act)
     try:
-        handles += [hook(s) for s in hm]
+        for site in hm:
+            g = gates[site.layer, :site.n_heads]
+            shut = torch.where(g.isnan(), 0., 1 - g).repeat_interleave(site.head_dim)
+            lost_of = None if predictors is None else predictors[site.layer]
+            handles.append(site.out.register_forward_pre_hook(_act(shut, lost_of)))
         yield model
     finally:
-        for h in handles: h.remove()
+        for handle in handles: handle.remove()
 
-# %% ../nbs/10a_meta.ipynb #c0011
+# %% ../nbs/10a_meta.ipynb #c0015
 def lm_loss(
     model:nn.Module, # A decoder
     ids:Int[Tensor, 'b t'], # Token ids
@@ -66,42 +79,51 @@ def lm_loss(
     logits = model(ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
-# %% ../nbs/10a_meta.ipynb #c0017
+# %% ../nbs/10a_meta.ipynb #c0023
 @dataclass
 class Case:
     "A model, as the controller may meet it."
     model:nn.Module                   # Adapted, all gates open
-    stats:HeadStats                   # Measured on it; NaN for heads that were removed
-    gone:Bool[Tensor, 'l h']          # Heads that were removed
+    stats:HeadStats                   # Measured on it; NaN for heads that were pruned
+    gone:Bool[Tensor, 'l h']          # Heads that were pruned
     keep:Bool[Tensor, 'l h']          # Heads that are open
-    grams:dict                        # With all heads that aren't removed open; a removed one has no variance, so all of it is lost
+    grams:dict                        # With all heads open that aren't pruned
 
-# %% ../nbs/10a_meta.ipynb #c0018
+# %% ../nbs/10a_meta.ipynb #c0025
+def _drawn(hm, share, seed):
+    "Where heads exist, and a random share of them that empties no layer."
+    rng = torch.Generator().manual_seed(seed)
+    exists = ~hm.table().isnan()
+    away = exists & (torch.rand(hm.shape, generator=rng) < share)
+    not_all = away.sum(1, keepdim=True) < exists.sum(1, keepdim=True)
+    return exists, away & not_all
+
+# %% ../nbs/10a_meta.ipynb #c0027
 def case(
     model:nn.Module, # A decoder; adapted in place
     batches, # Token ids for the measurement
-    gone:float=0., # Share of heads that are removed
+    gone:float=0., # Share of heads that are pruned
     closed:float=0., # Share of heads that are closed
     seed:int=0, # Of the draw
     what=('entropy', 'gradient', 'use', 'gram', 'joint'), # What is measured
 ) -> Case:
-    "Measure a model, with heads removed or closed at random."
-    hm, rng = adapt(model).sentinel.now.heads, torch.Generator().manual_seed(seed)
-    if not 0 <= gone < 1 or not 0 <= closed < 1 or gone and closed: raise ValueError(
-        f'gone={gone!r}, closed={closed!r}: allowed are shares from 0 up to, not including, 1, and one of them at a time')
-    exists = ~hm.table().isnan()
-    away = exists & (torch.rand(hm.shape, generator=rng) < max(gone, closed))
-    away &= away.sum(1, keepdim=True) < exists.sum(1, keepdim=True)                # no layer is empty
+    "Measure a model, with heads pruned or closed at random."
+    hm = adapt(model).sentinel.now.heads
+    in_range = 0 <= gone < 1 and 0 <= closed < 1
+    if not in_range or (gone and closed): raise ValueError(f'gone={gone!r}, closed={closed!r}: '
+        'allowed are shares from 0 up to, not including, 1, and one of them at a time')
+    exists, away = _drawn(hm, max(gone, closed), seed)
     try:
         if gone or closed: set_gates(model, torch.where(away, 0., 1.))
         stats = measure(model, batches, what, progress=False)
     finally: set_gates(model, 1.)
-    if not gone: return Case(model, stats, torch.zeros_like(away), exists & ~away, stats.grams if not closed else
-                             measure(model, batches, 'gram', progress=False).grams)
-    stats.tables = {k: t.masked_fill(away, math.nan) for k, t in stats.tables.items()}
-    return Case(model, stats, away, exists & ~away, stats.grams)
+    grams, none = stats.grams, torch.zeros_like(away)
+    if closed: grams = measure(model, batches, 'gram', progress=False).grams
+    if not gone: return Case(model, stats, none, exists & ~away, grams)
+    stats.tables = {name: t.masked_fill(away, math.nan) for name, t in stats.tables.items()}
+    return Case(model, stats, away, exists & ~away, grams)
 
-# %% ../nbs/10a_meta.ipynb #c0019
+# %% ../nbs/10a_meta.ipynb #c0030
 def cases(
     model:nn.Module, # A decoder
     blocks:Int[Tensor, 'n t'], # Token blocks, more than `size`
@@ -109,15 +131,19 @@ def cases(
     size:int=12, # Blocks for each measurement
     seed:int=0, # Of the draws
 ) -> list:
-    "The model as it is, with heads removed, and with heads closed, in turn; each on blocks of its own draw."
-    rng, shares = torch.Generator().manual_seed(seed), (.2, .35, .5)
-    kinds = [dict(), dict(gone=1), dict(closed=1)]
-    return [case(model, blocks[torch.randperm(len(blocks), generator=rng)[:size]], seed=seed + i,
-                 **{k: shares[i//3 % 3] for k in kinds[i % 3]}) for i in range(n)]
+    "The model as it is, with heads pruned, with heads closed, in turn."
+    rng = torch.Generator().manual_seed(seed)
+    shares, res = (.2, .35, .5), []
+    for i in range(n):
+        share = shares[i//3 % 3]
+        kind = [dict(), dict(gone=share), dict(closed=share)][i % 3]
+        some = blocks[torch.randperm(len(blocks), generator=rng)[:size]]
+        res.append(case(model, some, seed=seed + i, **kind))
+    return res
 
-# %% ../nbs/10a_meta.ipynb #c0022
+# %% ../nbs/10a_meta.ipynb #c0033
 class ControllerTask(nn.Module):
-    "What the Trainer trains: token ids, a case and a share go in, the loss under the controller's gates comes out."
+    "Token ids, a case and a share go in, the loss under the controller's gates comes out."
     def __init__(self,
         controller:ANNController, # To be trained
         cases:list, # What it practises on
@@ -125,63 +151,90 @@ class ControllerTask(nn.Module):
         spread:float=1., # Weight of the logits' variance
         hide:float=.15, # Probability that a table is left out
         blur:float=.1, # Deviation of the noise on inputs
-        repair:bool=True, # Gates act on what repair can't make good; otherwise on whole heads
+        repair:bool=True, # Gates act on what repair can't make good
     ):
         super().__init__()
         self.controller, self.cases = controller, cases
-        self.scale, self.spread, self.hide, self.blur, self.repair = scale, spread, hide, blur, repair
-        self.models = nn.ModuleList({id(c.model): c.model for c in cases}.values())
+        self.scale, self.spread = scale, spread
+        self.hide, self.blur, self.repair = hide, blur, repair
+        models = {id(c.model): c.model for c in cases}
+        self.models = nn.ModuleList(models.values())
         for m in self.models: m.requires_grad_(False)
 
     def train(self, mode=True):
-        "The controller trains; the models it practises on stay in eval mode."
+        "The controller trains; the models it practises on are in eval mode throughout."
         super().train(mode)
         for m in self.models: m.eval()
         return self
 
-    def forward(self, input_ids, which, target, **kwargs):
-        "`input_ids` `[b, t]`, the number of a case, a share to close."
-        c, target = self.cases[int(which)], float(target)
-        a = self.logits(c, target)
-        g = hard_concrete(shift_to(a, target), sample=self.training)
-        g = torch.where(c.gone.to(g.device), 0., g)
-        lost = left_behind(base_model(c.model).sentinel.now.heads, c.grams, g) if self.repair else None
-        with driven(c.model, g, lost): text = lm_loss(c.model, input_ids)
-        return dict(loss=self.controller.loss(self.scale*text, a, target, self.spread), text=text.detach())
+# %% ../nbs/10a_meta.ipynb #c0035
+@patch
+def veiled(self:ControllerTask, x):
+    "Inputs with some tables left out and the others blurred; the rest is kept."
+    hidden = torch.rand(len(LOGS)) < self.hide
+    if hidden[:3].all(): hidden[torch.randint(3, ())] = False    # one gradient table is kept
+    others = len(FEATURES) - 3*len(LOGS)
+    kept = F.pad((~hidden).repeat_interleave(3), (0, others), value=True)
+    return (x + self.blur*torch.randn_like(x)*(x != 0))*kept
 
-# %% ../nbs/10a_meta.ipynb #c0024
+# %% ../nbs/10a_meta.ipynb #c0038
 @patch
 def logits(self:ControllerTask, c:Case, target:float) -> Float[Tensor, 'l h']:
     "Two looks at a case, the second with the memory of the first."
-    exists, dev, state = heads_in(c.stats), next(self.controller.parameters()).device, None
+    device = next(self.controller.parameters()).device
+    exists, state = heads_in(c.stats).to(device), None
     x = features(c.stats, Context(c.keep, share=target))
-    for _ in range(2): a, state = self.controller((self.veiled(x) if self.training else x).to(dev), exists.to(dev), state)
-    return a.masked_fill(~exists.to(dev), math.nan)
+    for _ in range(2):
+        seen = self.veiled(x) if self.training else x
+        a, state = self.controller(seen.to(device), exists, state)
+    return a.masked_fill(~exists, math.nan)
 
-# %% ../nbs/10a_meta.ipynb #c0027
 @patch
-def veiled(self:ControllerTask, x):
-    "Inputs with some tables left out and the others blurred; entropy, gate, position and share stay."
-    hidden = torch.rand(len(LOGS)) < self.hide
-    if hidden[:3].all(): hidden[torch.randint(3, ())] = False                            # one gradient table stays
-    stay = F.pad((~hidden).repeat_interleave(3), (0, len(FEATURES) - 3*len(LOGS)), value=True)
-    return (x + self.blur*torch.randn_like(x)*(x != 0))*stay
+def forward(self:ControllerTask, input_ids, which, target, **kwargs):
+    "`input_ids` `[b, t]`, the number of a case, a share to close."
+    c, target = self.cases[int(which)], float(target)
+    a = self.logits(c, target)
+    g = hard_concrete(shift_to(a, target), sample=self.training)
+    g = torch.where(c.gone.to(g.device), 0., g)
+    lost = None
+    if self.repair: lost = left_behind(base_model(c.model).sentinel.now.heads, c.grams, g)
+    with driven(c.model, g, lost): text = lm_loss(c.model, input_ids)
+    loss = self.controller.loss(self.scale*text, a, target, self.spread)
+    return dict(loss=loss, text=text.detach())
 
-# %% ../nbs/10a_meta.ipynb #c0030
+# %% ../nbs/10a_meta.ipynb #c0042
 class _Draws(torch.utils.data.Dataset):
     "Batches of blocks with a case and a share, drawn in advance."
     def __init__(self, blocks, n_cases, n, batch, shares, seed=0):
         rng = torch.Generator().manual_seed(seed)
-        self.blocks, self.rows = blocks, torch.randint(len(blocks), (n, batch), generator=rng)
-        self.which = torch.cat([torch.randperm(n_cases, generator=rng) for _ in range(-(-n//n_cases))])[:n]
-        self.targets = shares[0] + (shares[1] - shares[0])*torch.rand(n, generator=rng)
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return dict(input_ids=self.blocks[self.rows[i]], which=self.which[i], target=self.targets[i])
+        self.blocks = blocks
+        self.rows = torch.randint(len(blocks), (n, batch), generator=rng)
+        rounds = [torch.randperm(n_cases, generator=rng) for _ in range(-(-n//n_cases))]
+        self.which = torch.cat(rounds)[:n]
+        low, high = shares
+        self.targets = low + (high - low)*torch.rand(n, generator=rng)
 
-# %% ../nbs/10a_meta.ipynb #c0032
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i):
+        ids = self.blocks[self.rows[i]]
+        return dict(input_ids=ids, which=self.which[i], target=self.targets[i])
+
+# %% ../nbs/10a_meta.ipynb #c0045
+def _arguments(folder, steps, draws, lr, seed, **kwargs):
+    "The Trainer's arguments for a controller; `kwargs` win."
+    ours = dict(
+        output_dir=folder, max_steps=steps, seed=seed,
+        per_device_train_batch_size=1, gradient_accumulation_steps=draws,
+        learning_rate=lr, lr_scheduler_type='cosine',
+        warmup_steps=steps//20, weight_decay=.01, logging_steps=max(1, steps//20),
+        save_strategy='no', report_to='none', disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False)
+    return TrainingArguments(**{**ours, **kwargs})
+
+# %% ../nbs/10a_meta.ipynb #c0047
 def train_controller(
     task:ControllerTask, # What is trained
-    blocks:Int[Tensor, 'n t'], # Token blocks whose loss counts; not those of the measurements
+    blocks:Int[Tensor, 'n t'], # Blocks whose loss counts; not the measured ones
     steps:int=400, # Of the optimiser
     lr:float=1e-3, # Highest learning rate; falls to 0 as a cosine
     batch:int=1, # Blocks in a draw
@@ -191,38 +244,41 @@ def train_controller(
     **kwargs, # For `TrainingArguments`
 ) -> list: # The Trainer's log
     "Train a controller with the Trainer. Only its parameters move."
-    if steps < 1 or len(blocks) < 1: raise ValueError(f'steps={steps}, {len(blocks)} blocks: both must be 1 or more')
-    with tempfile.TemporaryDirectory() as d:
-        args = TrainingArguments(**{**dict(output_dir=d, max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=draws, learning_rate=lr,
-            lr_scheduler_type='cosine', warmup_steps=steps//20, weight_decay=.01, logging_steps=max(1, steps//20), save_strategy='no', report_to='none',
-            remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False, seed=seed), **kwargs})
-        data = _Draws(blocks, len(task.cases), steps*draws, batch, shares, seed)
-        trainer = Trainer(task, args, train_dataset=data, data_collator=lambda rows: rows[0])
+    if steps < 1 or len(blocks) < 1:
+        raise ValueError(f'steps={steps}, {len(blocks)} blocks: both must be 1 or more')
+    data = _Draws(blocks, len(task.cases), steps*draws, batch, shares, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        args = _arguments(folder, steps, draws, lr, seed, **kwargs)
+        first = lambda rows: rows[0]
+        trainer = Trainer(task, args, train_dataset=data, data_collator=first)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     task.eval()
     return trainer.state.log_history
 
-# %% ../nbs/10a_meta.ipynb #c0036
+# %% ../nbs/10a_meta.ipynb #c0052
 def tune(
     controller:ANNController, # Trained in place
     model:nn.Module, # The model it is going to be used on
-    batches:Int[Tensor, 'n t'], # Token blocks; a half is measured, the loss of the other half counts
+    batches:Int[Tensor, 'n t'], # Token blocks: one half is measured, one learned from
     target:float=.3, # Share to close
     steps:int=100, # Of the optimiser
-    n:int=3, # Cases: the model as it is, with heads removed, with heads closed, …
+    n:int=3, # Cases, as in `cases`
     lr:float=5e-4, # Highest learning rate
     **kwargs, # For `train_controller`
 ) -> ANNController: # The same controller
     "Fine-tune a controller on one model."
-    if not 0 < target < 1: raise ValueError(f'target={target!r}: allowed is above 0 and below 1')
-    if len(batches) < 2: raise ValueError(f'{len(batches)} block of text: 2 or more are needed, one to measure and one to learn from')
-    half, wants = len(batches)//2, [p for p in model.parameters() if p.requires_grad]
+    if not 0 < target < 1:
+        raise ValueError(f'target={target!r}: allowed is above 0 and below 1')
+    if len(batches) < 2: raise ValueError(f'{len(batches)} block of text: '
+        '2 or more are needed, one to measure and one to learn from')
+    half = len(batches)//2
+    trainable = [p for p in model.parameters() if p.requires_grad]
     was = model.training
     try:
         task = ControllerTask(controller, cases(model, batches[:half], n, size=half))
         train_controller(task, batches[half:], steps, lr=lr, shares=(target, target), **kwargs)
     finally:
-        for p in wants: p.requires_grad_(True)
+        for p in trainable: p.requires_grad_(True)
         model.train(was)
     return controller
