@@ -11,7 +11,8 @@ import pytest
 import torch
 from sentinel_ai import UnsupportedArchitecture
 from sentinel_ai.channels import channel_map, probe_channels, sites
-from sentinel_ai.heads import core_linear, head_map, in_dim, random_model
+from sentinel_ai.heads import core_linear, head_map, in_dim
+from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
