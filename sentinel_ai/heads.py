@@ -20,30 +20,30 @@ from fastcore.basics import patch
 
 # %% ../nbs/00_heads.ipynb #c0015
 class UnsupportedArchitecture(ValueError):
-    "The heads of a model could not be found; the message says what was looked for."
+    "The heads of a model could not be found."
 
 # %% ../nbs/00_heads.ipynb #c0017
 @dataclass
 class AttnSite:
     "Where the heads of one attention layer are."
     layer: int                # Row in every `[layer, head]` table
-    path: str                 # Dotted path of the attention module in the model
+    path: str                 # Path of the attention module in the model
     attn: nn.Module           # The attention module
     out_name: str             # Output projection, relative to `attn`
-    proj: dict                # Projection of each part 'q', 'k', 'v', relative to `attn`
-    layout: str               # Order of the rows, see `rows`; 'other' if it isn't known
+    proj: dict                # Projection of 'q', 'k', 'v' in `attn`
+    layout: str               # Order of the rows; 'other': not known
     n_heads: int              # Query heads
-    n_kv_heads: int           # Key/value heads; fewer when queries are grouped
-    head_dim: int             # Size of a head's slice in front of the output projection
-    shared_by: tuple = ()     # Other layers' paths that run this very module
-    sizes: dict = field(default_factory=dict) # Rows of each of `proj` and `extras`, by name
-    kv: tuple|None = None     # KV head of each query head; None: equal groups in order
-    stay: str = ''            # Parts whose rows must stay: '', 'qk' or 'qkv'
-    extras: tuple = ()        # Parameters with a share for each head: (path, dim, 'q' or 'k')
-    returns: str = 'pair'     # The forward's result: 'pair', 'list', 'residual' (added to it)
-    native: 'AttnSite|None' = None # Of a widened layer: the site as built
-    source: tuple = ()        # and the native head that each of its heads takes after
-    donors: tuple = ()        # and for each further head: (made from, do they share columns?)
+    n_kv_heads: int           # Key/value heads
+    head_dim: int             # Columns of a head's slice
+    shared_by: tuple = ()     # Other layers' paths of this module
+    sizes: dict = field(default_factory=dict) # Rows of projections, `extras`
+    kv: tuple|None = None     # KV head of each query head, if uneven
+    stay: str = ''            # Rows that must stay: '', 'qk', 'qkv'
+    extras: tuple = ()        # Shares for each head: (path, dim, part)
+    returns: str = 'pair'     # or 'list', or 'residual' (added)
+    native: 'AttnSite|None' = None # If widened: as built
+    source: tuple = ()        # the native head that each takes after
+    donors: tuple = ()        # (made from, shared columns?) of each new
 
 # %% ../nbs/00_heads.ipynb #c0021
 def has_module(
@@ -63,8 +63,9 @@ def out(self:AttnSite) -> nn.Module:
 
 @patch(as_prop=True)
 def inner(self:AttnSite) -> nn.Module:
-    "The module that computes the attention: `attn` itself, or BERT's `attn.self`."
-    return self.attn.get_submodule('self') if has_module(self.attn, 'self') else self.attn
+    "The module that computes the attention: `attn`, or BERT's `attn.self`."
+    is_split = has_module(self.attn, 'self')
+    return self.attn.get_submodule('self') if is_split else self.attn
 
 # %% ../nbs/00_heads.ipynb #c0024
 @patch(as_prop=True)
@@ -145,19 +146,22 @@ _LAYOUTS = dict(blocks=_block_rows, interleaved=_interleaved_rows,
 # %% ../nbs/00_heads.ipynb #c0031
 def _check_rows(site, part, head):
     "Raise unless this part of this head exists and has rows of its own."
-    if part not in 'qkv' or not 0 <= head < site.n_heads: raise ValueError(
-        f"rows({part!r}, {head}): part is 'q', 'k' or 'v', head is 0 to {site.n_heads-1} "
-        f'in layer {site.layer}')
-    if part not in site.proj or site.layout == 'other': raise UnsupportedArchitecture(
-        f'layer {site.layer} ({site.path}): layout {site.layout!r} has no rows of its own for '
-        f'{part!r}; gates work, removing rows needs a layout: see register_arch')
+    last = site.n_heads - 1
+    if part not in 'qkv' or not 0 <= head <= last: raise ValueError(
+        f"rows({part!r}, {head}): part is 'q', 'k' or 'v', "
+        f'head is 0 to {last} in layer {site.layer}')
+    if part in site.proj and site.layout != 'other': return
+    raise UnsupportedArchitecture(
+        f'layer {site.layer} ({site.path}): layout {site.layout!r} '
+        f'has no rows of its own for {part!r}; '
+        'gates work, removing rows needs a layout: see register_arch')
 
 @patch
 def rows(self:AttnSite,
     part:str, # 'q', 'k' or 'v'
     head:int, # A query head; keys and values are those of its group
 ) -> tuple: # Name of the projection relative to `attn`, and the rows in it
-    "Rows that make `part` of `head`. Raises `UnsupportedArchitecture` for an unknown layout."
+    "Rows that make `part` of `head`, by its layout."
     _check_rows(self, part, head)
     name = self.proj[part]
     n, g = self.n_heads, self.n_kv_heads
@@ -165,16 +169,18 @@ def rows(self:AttnSite,
     if self.layout in ('separate', 'mla'):
         return name, unit_rows(self.sizes[name]//units, units)[unit]
     uneven = self.layout == 'grouped' and self.kv is not None
-    rows = _LAYOUTS['blocks' if uneven else self.layout](n, g, self.sizes[name]//(n + 2*g))
+    layout = _LAYOUTS['blocks' if uneven else self.layout]
+    rows = layout(n, g, self.sizes[name]//(n + 2*g))
     return name, rows['qkv'.index(part)][unit]
 
 # %% ../nbs/00_heads.ipynb #c0035
 def core_linear(m:nn.Module) -> nn.Module: # The layer that holds `weight`
-    "Look through wrappers (PEFT's, Moshi's) to the layer that holds the weight."
-    while not isinstance(m.__dict__.get('_parameters', {}).get('weight'), Tensor):
+    "Look through wrappers (PEFT's, Moshi's)."
+    own = lambda m: m.__dict__.get('_parameters', {})
+    while not isinstance(own(m).get('weight'), Tensor):
         inner = getattr(m, 'base_layer', None) or getattr(m, 'linear', None)
-        if inner is None:
-            raise UnsupportedArchitecture(f'{type(m).__name__} has no weight and wraps none')
+        if inner is None: raise UnsupportedArchitecture(
+            f'{type(m).__name__} has no weight and wraps none')
         m = inner
     return m
 
@@ -215,8 +221,9 @@ def param_at(
     return getattr(owner.get_submodule(path), leaf, None)
 
 # %% ../nbs/00_heads.ipynb #c0038
-_OUT = ('o_proj', 'out_proj', 'c_proj', 'dense', 'Wo', 'attention_out', 'out_lin',
-        'output.dense')                                   # output projection
+_OUT = (  # output projection
+    'o_proj', 'out_proj', 'c_proj', 'dense', 'Wo',
+    'attention_out', 'out_lin', 'output.dense')
 
 _QKV = (  # separate projections
     dict(q='q_proj', k='k_proj', v='v_proj'),
@@ -227,19 +234,22 @@ _QKV = (  # separate projections
     dict(q='query_proj', k='key_proj', v='value_proj'))
 
 _FUSED = dict(  # one projection for all three: its usual layout
-    c_attn='blocks', qkv_proj='blocks', Wqkv='blocks', query_key_value='interleaved')
+    c_attn='blocks', qkv_proj='blocks', Wqkv='blocks',
+    query_key_value='interleaved')
 
 # %% ../nbs/00_heads.ipynb #c0042
-HEAD_COUNTS = ('num_heads', 'num_attention_heads', 'n_heads', 'n_head', 'num_attn_heads')
+HEAD_COUNTS = ('num_heads', 'num_attention_heads',
+               'n_heads', 'n_head', 'num_attn_heads')
 
-KV_COUNTS = ('num_key_value_heads', 'num_kv_heads', 'kv_heads', 'kv_n_heads')
+KV_COUNTS = ('num_key_value_heads', 'num_kv_heads',
+             'kv_heads', 'kv_n_heads')
 
 _HEAD_SIZES = ('head_dim', 'head_size', 'dim_head', 'attention_head_size')
 
 def first_attr(
     owner, # A module or a config
     names:tuple, # Attributes, the first that is there counts
-) -> int|None: # None when no such attribute is a positive whole number
+) -> int|None: # None if there is none
     "The first of these attributes that is a positive whole number."
     values = (getattr(owner, name, None) for name in names)
     return next((v for v in values if isinstance(v, int) and v > 0), None)
@@ -278,9 +288,10 @@ def register_arch(
     name:str, # Class name of the attention module, such as `'MyAttention'`
     facts, # Function from that module to a dict of fields of `AttnSite`
 ):
-    "Teach `head_map` an architecture. Raises `TypeError` if `facts` can't be called."
+    "Teach `head_map` an architecture."
     if not callable(facts): raise TypeError(
-        f'facts is a {type(facts).__name__}; pass a function from the attention module to a dict')
+        f'facts is a {type(facts).__name__}; '
+        'pass a function from the attention module to a dict')
     ARCHS[name] = facts
 
 # %% ../nbs/00_heads.ipynb #c0132
@@ -293,33 +304,41 @@ def _n_kv(inner, attn, facts, proj, layout, n):
     groups = first_attr(inner, ('num_key_value_groups',))
     if groups and n//groups: return n//groups
     size = first_attr(inner, _HEAD_SIZES)
-    if groups or layout != 'separate' or 'k' not in proj or not size: return n
+    if groups or not size: return n
+    if layout != 'separate' or 'k' not in proj: return n
     return out_features(attn.get_submodule(proj['k'])) // size or n
 
 # %% ../nbs/00_heads.ipynb #c0045
 def _norm_widths(attn):
-    "Entries of the norms of queries and keys that have one dimension, by part."
-    weights = {part: getattr(getattr(attn, f'{part}_norm', None), 'weight', None) for part in 'qk'}
-    return {part: w.numel() for part, w in weights.items() if w is not None and w.ndim == 1}
+    "Entries of the one-dimensional norms of queries and keys."
+    widths = {}
+    for part in 'qk':
+        norm = getattr(attn, f'{part}_norm', None)
+        w = getattr(norm, 'weight', None)
+        if w is not None and w.ndim == 1: widths[part] = w.numel()
+    return widths
 
 def _stay(attn, sizes, proj, head_dim):
-    "'qk' if a norm runs over the full width of queries or keys (OLMo 2), else ''."
+    "'qk' if a norm runs over the full width of queries or keys."
     norm = _norm_widths(attn)
-    full = {part for part, width in norm.items() if width == sizes.get(proj.get(part))}
+    is_full = lambda part: norm[part] == sizes.get(proj.get(part))
+    full = set(filter(is_full, norm))
     one_kv_head = full == {'k'} and norm['k'] == norm.get('q', head_dim)
     return 'qk' if full and not one_kv_head else ''
 
 # %% ../nbs/00_heads.ipynb #c0134
-_PER_HEAD = r'sinks|gate_bias|(q_)?gate_proj\.(weight|bias)|g_proj\.(weight|bias)'
+_PER_HEAD = (r'sinks|gate_bias|(q_)?gate_proj\.(weight|bias)|'
+             r'g_proj\.(weight|bias)')
 
 def _extras(attn, n, n_kv):
-    "Parameters with a share for each head: sinks, output gates, norms for each head."
+    "Parameters with a share for each head."
     shapes = {name: p.shape for name, p in attn.named_parameters()}
     found = [(name, 0, 'q') for name, shape in shapes.items()
              if re.fullmatch(_PER_HEAD, name) and shape[0] % n == 0]
     for part, heads in (('q', n), ('k', n_kv)):
-        norm = shapes.get(f'{part}_norm.weight', ())
-        if len(norm) == 2 and norm[0] == heads: found.append((f'{part}_norm.weight', 0, part))
+        name = f'{part}_norm.weight'
+        shape = shapes.get(name, ())
+        if len(shape) == 2 and shape[0] == heads: found.append((name, 0, part))
     return tuple(found)
 
 # %% ../nbs/00_heads.ipynb #c0136
@@ -329,25 +348,31 @@ def _projections(attn, facts):
     fused = _first_module(attn, _FUSED)
     if fused: return dict.fromkeys('qkv', fused), _FUSED[fused]
     if has_module(attn, 'kv_b_proj'):
+        proj = dict(k='kv_b_proj', v='kv_b_proj')
         query = _first_module(attn, ('q_b_proj', 'q_proj'))
-        return dict(k='kv_b_proj', v='kv_b_proj', **({'q': query} if query else {})), 'mla'
-    names = next((names for names in _QKV if has_module(attn, names['q'])), None)
-    if names is None: return None, 'separate'
-    return {part: name for part, name in names.items() if has_module(attn, name)}, 'separate'
+        return proj | ({'q': query} if query else {}), 'mla'
+    for names in _QKV:
+        if not has_module(attn, names['q']): continue
+        there = lambda part: has_module(attn, names[part])
+        return {part: names[part] for part in filter(there, names)}, 'separate'
+    return None, 'separate'
 
 # %% ../nbs/00_heads.ipynb #c0139
 def _count_heads(path, attn, inner, config, facts, out_name):
-    "Query heads. Raises `UnsupportedArchitecture` if their number doesn't divide the width."
+    "Query heads. Raises `UnsupportedArchitecture` if they don't fit."
     width = in_features(attn.get_submodule(out_name))
     size = first_attr(inner, ('v_head_dim', *_HEAD_SIZES))
     said = facts.get('n_heads') or first_attr(inner, HEAD_COUNTS)
-    n = said or (width//size if size else None) or first_attr(config, HEAD_COUNTS)
+    by_width = width//size if size else None
+    n = said or by_width or first_attr(config, HEAD_COUNTS)
     if n and width % n == 0: return n
     name = type(attn).__name__
     raise UnsupportedArchitecture(
-        f'{path} ({name}): {out_name} takes {width} inputs, which {n} heads do not divide; '
+        f'{path} ({name}): {out_name} takes {width} inputs, '
+        f'which {n} heads do not divide; '
         f'looked for {HEAD_COUNTS} on the module and its config. '
-        f'Say what is right: register_arch({name!r}, lambda attn: dict(n_heads=...))')
+        f'Say what is right: register_arch({name!r}, '
+        'lambda attn: dict(n_heads=...))')
 
 # %% ../nbs/00_heads.ipynb #c0048
 def _read_site(model, path, attn, layer):
@@ -358,39 +383,41 @@ def _read_site(model, path, attn, layer):
     if proj is None: return None
     layout = facts.get('layout', layout)
     config = getattr(attn, 'config', None) or model.config.get_text_config()
-    inner = attn.get_submodule('self') if 'self.query' in proj.values() else attn
+    is_split = 'self.query' in proj.values()
+    inner = attn.get_submodule('self') if is_split else attn
     n = _count_heads(path, attn, inner, config, facts, out_name)
     n_kv = _n_kv(inner, attn, facts, proj, layout, n)
     head_dim = in_features(attn.get_submodule(out_name)) // n
-    sizes = {name: out_features(attn.get_submodule(name)) for name in proj.values()}
+    width = lambda name: out_features(attn.get_submodule(name))
+    sizes = {name: width(name) for name in proj.values()}
     extras = facts.get('extras', _extras(attn, n, n_kv))
-    sizes |= {name: attn.get_parameter(name).shape[dim] for name, dim, _ in extras}
-    returns = 'list' if model.config.model_type == 'openai-gpt' else 'pair'
-    return AttnSite(
-        layer, path, attn, out_name, proj, layout, n, n_kv, head_dim, sizes=sizes, extras=extras,
-        stay=facts.get('stay', _stay(attn, sizes, proj, head_dim)),
-        returns=facts.get('returns', returns))
+    for name, dim, _ in extras: sizes[name] = attn.get_parameter(name).shape[dim]
+    stay = facts.get('stay', _stay(attn, sizes, proj, head_dim))
+    is_gpt = model.config.model_type == 'openai-gpt'
+    returns = facts.get('returns', 'list' if is_gpt else 'pair')
+    return AttnSite(layer, path, attn, out_name, proj, layout, n, n_kv,
+                    head_dim, sizes=sizes, stay=stay, extras=extras, returns=returns)
 
 # %% ../nbs/00_heads.ipynb #c0051
 @dataclass
 class HeadMap:
     "Every attention head of a decoder: a list of sites, one a layer."
-    sites: list               # `AttnSite`, or None for a layer without softmax attention
+    sites: list               # `AttnSite`, or None for a layer without
     model_type: str           # The config's `model_type`
     n_params: int             # Parameters of the whole model
-    unmapped: dict = field(default_factory=dict) # Path to reason, for modules left alone
+    unmapped: dict = field(default_factory=dict) # Why modules were left alone
 
     def __len__(self): return len(self.sites)
     def __iter__(self): return (s for s in self.sites if s is not None)
 
 @patch
 def __getitem__(self:HeadMap, l:int) -> AttnSite:
-    "The site of a layer. Raises `IndexError`, or `KeyError` for a layer without heads."
-    if not -len(self) <= l < len(self):
-        raise IndexError(f'layer {l}: this model has layers 0 to {len(self)-1}')
-    if self.sites[l] is None:
-        have = [s.layer for s in self]
-        raise KeyError(f'layer {l} has no softmax attention; layers that have: {have}')
+    "The site of a layer. Raises `KeyError` for one without heads."
+    n, have = len(self), [s.layer for s in self]
+    if not -n <= l < n: raise IndexError(
+        f'layer {l}: this model has layers 0 to {n-1}')
+    if self.sites[l] is None: raise KeyError(
+        f'layer {l} has no softmax attention; layers that have: {have}')
     return self.sites[l]
 
 # %% ../nbs/00_heads.ipynb #c0142
@@ -417,12 +444,13 @@ def layer_stacks(
     return stacks
 
 def _place_in_list(path, model):
-    "Path of the outermost `ModuleList` and the index in it; ('', 0) if there is none."
+    "The outermost `ModuleList` and the index in it; ('', 0) if there is none."
     parts = path.split('.')
     for i in range(1, len(parts)):
         if not parts[i].isdigit(): continue
         key = '.'.join(parts[:i])
-        if isinstance(model.get_submodule(key), nn.ModuleList): return key, int(parts[i])
+        is_list = isinstance(model.get_submodule(key), nn.ModuleList)
+        if is_list: return key, int(parts[i])
     return '', 0
 
 # %% ../nbs/00_heads.ipynb #c0146
@@ -438,20 +466,21 @@ def layer_rows(
     return rows
 
 # %% ../nbs/00_heads.ipynb #c0148
-_NOT_HEADS = '|'.join((
-    'mamba', 'delta', 'lightning', 'rwkv', 'short_?conv', 'linear_?attn', 'linearattention',
-    'recurrent', 'xlstm', 'indexer', 'compressor'))       # mix tokens without softmax heads
+_NOT_HEADS = '|'.join((  # mix tokens without softmax heads
+    'mamba', 'delta', 'lightning', 'rwkv', 'short_?conv',
+    'linear_?attn', 'linearattention', 'recurrent',
+    'xlstm', 'indexer', 'compressor'))
 
 OTHER_INPUT = (r'(^|[._])(cross_?attn\w*|encoder_attn|cross_?attention|'
                r'vision\w*|image\w*|audio\w*|visual)([._]|$)')
 
 def _family(model):
-    "The part of class names that all modules of a model share: KimiLinear of KimiLinearForCausalLM."
+    "KimiLinear of KimiLinearForCausalLM: common to all its classes."
     return re.sub(r'^Adaptive|(For|LM)[A-Z]\w*$', '', type(model).__name__)
 
 # %% ../nbs/00_heads.ipynb #c0151
 def _left_alone(path, m, family, unmapped):
-    "Why a module is no candidate; '' if that needs no words, None if it is one."
+    "Why a module is no candidate ('': no need to say), None if it is."
     owner, _, last = path.rpartition('.')
     name = type(m).__name__
     if re.search(_NOT_HEADS, f'{name.removeprefix(family)} {last}'.lower()):
@@ -464,7 +493,7 @@ def _left_alone(path, m, family, unmapped):
 
 # %% ../nbs/00_heads.ipynb #c0055
 def _candidates(model):
-    "Attention modules, those left alone with the reason, and further paths of shared ones."
+    "Attention modules, those left alone, and further paths of shared ones."
     seen, found, unmapped, shared = {}, {}, {}, {}
     family = _family(model)
     for path, m in model.named_modules(remove_duplicate=False):
@@ -473,88 +502,107 @@ def _candidates(model):
             continue
         seen[id(m)] = path
         is_inside = any(path.startswith(f'{outer}.') for outer in found)
-        if not path or is_inside or isinstance(m, (nn.ModuleList, nn.Linear)): continue
+        if not path or is_inside: continue
+        if isinstance(m, (nn.ModuleList, nn.Linear)): continue
         why = _left_alone(path, m, family, unmapped)
         if why: unmapped[path] = why
         site = _read_site(model, path, m, -1) if why is None else None
         if site is not None: found[path] = site
-    return found, unmapped, {path: more for path, more in shared.items() if path in found}
+    shared = {path: shared[path] for path in found if path in shared}
+    return found, unmapped, shared
 
 # %% ../nbs/00_heads.ipynb #c0058
-def base_model(model:nn.Module) -> nn.Module: # The transformers model inside
-    "The model inside a PEFT, DDP or `torch.compile` wrapper, or the model itself."
+def base_model(model:nn.Module) -> nn.Module:
+    "The transformers model inside a PEFT, DDP or `torch.compile` wrapper."
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
     compiled = getattr(model, '_orig_mod', None)
     if compiled: return compiled
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.module if is_ddp else model
 
 _BOTH_WAYS = 'bert|electra|ernie$|roformer|reformer|big_bird|data2vec|xmod'
 
 # %% ../nbs/00_heads.ipynb #c0154
 def check_decoder(model:nn.Module):
-    "Raise unless `model` is a causal decoder with a config and a language-model head."
+    "Raise unless `model` is a causal decoder of transformers."
     config = getattr(model, 'config', None)
     name = type(model).__name__
     if not hasattr(config, 'get_text_config'): raise TypeError(
         f'{name} is not a transformers model: it has no config; '
         'load one with AutoModelForCausalLM')
-    if getattr(config, 'is_encoder_decoder', False) and not re.search('ForCausalLM', name):
-        raise UnsupportedArchitecture(f'{name} is an encoder-decoder; '
-                                      'only decoder-only causal language models are supported')
-    can_be_either = re.search(_BOTH_WAYS, getattr(config, 'model_type', ''))
-    if can_be_either and getattr(config, 'is_decoder', None) is False:
+    has_encoder = getattr(config, 'is_encoder_decoder', False)
+    if has_encoder and 'ForCausalLM' not in name: raise UnsupportedArchitecture(
+        f'{name} is an encoder-decoder; '
+        'only decoder-only causal language models are supported')
+    reads_on = getattr(config, 'is_decoder', None) is False
+    if reads_on and re.search(_BOTH_WAYS, config.model_type):
         raise UnsupportedArchitecture(
             f'{name} with is_decoder=False reads both ways (an encoder); '
             'set config.is_decoder=True before loading to make it causal')
     if model.get_output_embeddings() is None: raise UnsupportedArchitecture(
-        f'{name} has no language-model head; load it with AutoModelForCausalLM')
+        f'{name} has no language-model head; '
+        'load it with AutoModelForCausalLM')
 
 # %% ../nbs/00_heads.ipynb #c0061
 def _check_found(model, found, unmapped):
     "Raise `UnsupportedArchitecture` if no attention module was found."
     if found: return
+    left = dict(list(unmapped.items())[:3]) or 'none'
     raise UnsupportedArchitecture(
-        f'{type(model).__name__}: no attention module found (looked for an output projection named '
-        f'one of {", ".join(_OUT)} beside query projections); attention-like modules left alone: '
-        f'{dict(list(unmapped.items())[:3]) or "none"}. If one of its modules is attention, describe '
-        "it: register_arch('ClassName', lambda attn: dict(out_name=..., proj=dict(q=..., k=..., v=...)))")
+        f'{type(model).__name__}: no attention module found (looked for '
+        f'an output projection named one of {", ".join(_OUT)} '
+        'beside query projections); '
+        f'attention-like modules left alone: {left}. '
+        'If one of its modules is attention, describe it: '
+        "register_arch('ClassName', lambda attn: "
+        'dict(out_name=..., proj=dict(q=..., k=..., v=...)))')
 
 def head_map(
-    model:nn.Module, # A decoder of transformers (or PEFT's wrapper around one)
+    model:nn.Module, # A decoder (or PEFT's wrapper around one)
 ) -> HeadMap:
-    "Find every attention head. Raises `UnsupportedArchitecture` if there is none, or one can't be read."
+    "Find every attention head. Raises `UnsupportedArchitecture` without."
     model = base_model(model)
-    if (state := model.__dict__.get('sentinel')) is not None: return state.now    # an adapted model knows
+    state = model.__dict__.get('sentinel')
+    if state is not None: return state.now                # an adapted model knows
     check_decoder(model)
     found, unmapped, shared = _candidates(model)
     _check_found(model, found, unmapped)
     paths = layer_rows(found, model)
-    place = lambda l, path: replace(found[path], layer=l, shared_by=tuple(shared.get(path, ())))
-    sites = [path and place(l, path) for l, path in enumerate(paths)]
+    for layer, path in enumerate(paths):
+        if path is None: continue
+        found[path].layer = layer
+        found[path].shared_by = tuple(shared.get(path, ()))
+    sites = [path and found[path] for path in paths]
+    model_type = getattr(model.config, 'model_type', '?')
     n_params = sum(p.numel() for p in model.parameters())
-    return HeadMap(sites, getattr(model.config, 'model_type', '?'), n_params, unmapped)
+    return HeadMap(sites, model_type, n_params, unmapped)
 
 # %% ../nbs/00_heads.ipynb #c0067
 @patch(as_prop=True)
 def columns_only(self:AttnSite) -> bool:
-    "Do all rows stay, so that only the output projection's columns can be pruned?"
+    "Can only the output projection's columns be pruned?"
     return 'v' in self.stay or self.layout == 'other'
 
 def _resized_entries(site, proj, n, g):
-    "Rows of each projection and entries of each of `extras` with `n` query and `g` KV heads."
-    ratio = dict(q=(n, site.n_heads), k=(g, site.n_kv_heads), v=(g, site.n_kv_heads))
-    fused = n + 2*g, site.n_heads + 2*site.n_kv_heads
+    "The `sizes` with `n` query heads and `g` KV heads."
+    new = dict(q=n, k=g, v=g)
+    old = dict(q=site.n_heads, k=site.n_kv_heads, v=site.n_kv_heads)
     is_fused = site.layout not in ('separate', 'mla')
-    ratios = {name: fused if is_fused else ratio[part] for part, name in proj.items()}
-    ratios |= {name: ratio[part] for name, _, part in site.extras}
-    return {name: site.sizes[name]*new//old for name, (new, old) in ratios.items()}
+    sizes = {}
+    for part, name in proj.items():
+        have, had = (sum(new.values()), sum(old.values())) if is_fused else (new[part], old[part])
+        sizes[name] = site.sizes[name]*have // had
+    for name, _, part in site.extras:
+        sizes[name] = site.sizes[name]*new[part] // old[part]
+    return sizes
 
 # %% ../nbs/00_heads.ipynb #c0158
 def _resized(site, kv, proj):
     "The site whose query heads read these KV heads, one for each."
     n, g = len(kv), max(kv) + 1
     is_even = n % g == 0 and kv == [i//(n//g) for i in range(n)]
-    return replace(site, n_heads=n, n_kv_heads=g, kv=None if is_even else tuple(kv), proj=proj,
+    return replace(site, n_heads=n, n_kv_heads=g, proj=proj,
+                   kv=None if is_even else tuple(kv),
                    sizes=_resized_entries(site, proj, n, g))
 
 @patch
@@ -562,45 +610,52 @@ def narrow(self:AttnSite,
     keep:list, # Query heads that are kept, in order
     columns:bool=False, # Prune only the output projection's columns
 ) -> 'AttnSite|None': # None when no head is kept
-    "The site when only these heads are kept. A KV head goes with its last query head."
+    "The site when only these heads are kept."
     if not keep: return None
     n = len(keep)
     if columns or self.columns_only:
-        return replace(self, n_heads=n, n_kv_heads=n, kv=None, proj={}, sizes={}, extras=(), stay='qkv')
+        return replace(self, n_heads=n, n_kv_heads=n, kv=None, proj={},
+                       sizes={}, extras=(), stay='qkv')
     kv_of = self.kv_of.tolist()
     groups = sorted({kv_of[h] for h in keep})
-    proj = {part: name for part, name in self.proj.items() if part not in self.stay}
-    return _resized(self, [groups.index(kv_of[h]) for h in keep], proj)
+    kv = [groups.index(kv_of[h]) for h in keep]
+    parts = [part for part in self.proj if part not in self.stay]
+    return _resized(self, kv, {part: self.proj[part] for part in parts})
 
 # %% ../nbs/00_heads.ipynb #c0160
 def check_keep(
     site, # An attention layer or an MLP
     keep, # Units that are kept, in order
 ) -> list:
-    "The units as a list. Raises `ValueError` unless each exists and is named once."
+    "The units as a list. Raises `ValueError` for what isn't there."
     keep = [int(unit) for unit in keep]
     bad = [unit for unit in keep if not 0 <= unit < site.n]
     if bad: raise ValueError(
-        f'layer {site.layer} has {site.kind} 0 to {site.n-1}; it cannot keep {bad[0]}')
+        f'layer {site.layer} has {site.kind} 0 to {site.n-1}; '
+        f'it cannot keep {bad[0]}')
+    unit = site.kind.removesuffix('s')
     if len(set(keep)) < len(keep): raise ValueError(
-        f'layer {site.layer}: a {site.kind.removesuffix("s")} is named twice in keep')
+        f'layer {site.layer}: a {unit} is named twice in keep')
     return keep
 
 # %% ../nbs/00_heads.ipynb #c0163
 def _kept_rows(site, small, name, keep):
-    "For each row that a projection keeps, in its new order, the row it was."
+    "For each row that a projection keeps, the row it was."
     if small is None: return torch.zeros(0, dtype=torch.long, device='cpu')
-    if name not in small.sizes: return torch.arange(site.sizes[name], device='cpu')
+    everything = torch.arange(site.sizes[name], device='cpu')
+    if name not in small.sizes: return everything
     idx = torch.empty(small.sizes[name], dtype=torch.long, device='cpu')
     for part, owner in small.proj.items():
         if owner != name: continue
-        for new, old in enumerate(keep): idx[small.rows(part, new)[1]] = site.rows(part, old)[1]
+        for new, old in enumerate(keep):
+            idx[small.rows(part, new)[1]] = site.rows(part, old)[1]
     return idx
 
 def _kept_entries(site, name, part, keep):
     "The same for a parameter with a share for each query head or KV head."
-    n, heads = site.n_heads, keep
-    if part != 'q': n, heads = site.n_kv_heads, sorted({site.kv_of.tolist()[h] for h in keep})
+    kv_of = site.kv_of.tolist()
+    n = site.n_heads if part == 'q' else site.n_kv_heads
+    heads = keep if part == 'q' else sorted({kv_of[h] for h in keep})
     return unit_rows(site.sizes[name]//n, n)[heads].flatten()
 
 # %% ../nbs/00_heads.ipynb #c0165
@@ -608,49 +663,61 @@ def _kept_entries(site, name, part, keep):
 def places(self:AttnSite,
     keep, # Query heads that are kept, in order
     columns:bool=False, # Prune only the output projection's columns
-) -> dict: # Parameter name relative to `attn`: (dim, size as built, indices as built)
+) -> dict: # Parameter relative to `attn`: (dim, size, indices), as built
     "What the module holds of each parameter when only these heads are kept."
     keep = check_keep(self, keep)
-    small, res = self.narrow(keep, columns), {}
-    cut_rows = not columns and len(keep) < self.n_heads and not (keep and self.columns_only)
-    every = lambda name: torch.arange(self.sizes[name], device='cpu')
-    for name in dict.fromkeys(self.proj.values()):
-        idx = _kept_rows(self, small, name, keep) if cut_rows else every(name)
-        dim = 1 - in_dim(self.attn.get_submodule(name))
-        res[core_name(self.attn, name)] = dim, self.sizes[name], idx
-        res[core_name(self.attn, name, 'bias')] = 0, self.sizes[name], idx
-    read = unit_rows(self.head_dim, self.n_heads)
+    rows_stay = columns or len(keep) == self.n_heads
+    if keep and self.columns_only: rows_stay = True
+    res = _row_places(self, self.narrow(keep, columns), keep, rows_stay)
+    slices = unit_rows(self.head_dim, self.n_heads)
     out = core_name(self.attn, self.out_name)
-    res[out] = in_dim(self.out), read.numel(), read[keep].flatten()
+    res[out] = in_dim(self.out), slices.numel(), slices[keep].flatten()
     for name, dim, part in self.extras:
-        idx = _kept_entries(self, name, part, keep) if cut_rows else every(name)
-        res[name] = dim, self.sizes[name], idx
-    return {name: place for name, place in res.items() if param_at(self.attn, name) is not None}
+        size = self.sizes[name]
+        idx = torch.arange(size, device='cpu')
+        if not rows_stay: idx = _kept_entries(self, name, part, keep)
+        res[name] = dim, size, idx
+    is_there = lambda name: param_at(self.attn, name) is not None
+    return {name: res[name] for name in filter(is_there, res)}
+
+def _row_places(site, small, keep, rows_stay):
+    "Places of the weights and biases of projections."
+    res = {}
+    for name in dict.fromkeys(site.proj.values()):
+        size = site.sizes[name]
+        idx = torch.arange(size, device='cpu')
+        if not rows_stay: idx = _kept_rows(site, small, name, keep)
+        dim = 1 - in_dim(site.attn.get_submodule(name))
+        res[core_name(site.attn, name)] = dim, size, idx
+        res[core_name(site.attn, name, 'bias')] = 0, size, idx
+    return res
 
 # %% ../nbs/00_heads.ipynb #c0071
 def _check_widen(site):
-    "Raise `UnsupportedArchitecture` where heads aren't independent of each other."
+    "Raise `UnsupportedArchitecture` where heads depend on each other."
     why = ''
-    if site.stay:
-        why = 'a norm or a mask is made of all heads, so a further one would change the others'
-    if site.layout == 'other':
-        why = 'its heads have no rows of their own, or no layout of theirs is known'
+    if site.stay: why = ('a norm or a mask is made of all heads, '
+                         'so a further one would change the others')
+    if site.layout == 'other': why = ('its heads have no rows of their own, '
+                                      'or no layout of theirs is known')
     if why: raise UnsupportedArchitecture(
-        f'layer {site.layer} ({type(site.attn).__name__}) cannot get further heads: {why}')
+        f'layer {site.layer} ({type(site.attn).__name__}) '
+        f'cannot get further heads: {why}')
 
 def _check_new_head(site, source, kv_head, n_heads, n_kv_heads):
-    "Raise `ValueError` unless a further head can take after `source` and read `kv_head`."
+    "Raise `ValueError` for a head or a KV head that isn't there."
     if 0 <= source < n_heads and 0 <= kv_head <= n_kv_heads: return
     raise ValueError(
-        f'layer {site.layer}: a head after head {source} with KV head {kv_head}; '
-        f'heads are 0 to {n_heads-1}, KV heads 0 to {n_kv_heads-1}, or {n_kv_heads} for a new one')
+        f'layer {site.layer}: a head after head {source} '
+        f'with KV head {kv_head}; heads are 0 to {n_heads-1}, '
+        f'KV heads 0 to {n_kv_heads-1}, or {n_kv_heads} for a new one')
 
 # %% ../nbs/00_heads.ipynb #c0172
 @patch
 def widen(self:AttnSite,
-    new:list, # For each further head: (takes after, KV head[, do they share columns?])
+    new:list, # For each head: (takes after, KV head[, shares columns?])
 ) -> 'AttnSite':
-    "The site with further query heads. Raises `UnsupportedArchitecture` where heads are mixed."
+    "The site with further query heads."
     _check_widen(self)
     kv = self.kv_of.tolist()
     source = self.source or tuple(range(self.n_heads))
@@ -658,13 +725,13 @@ def widen(self:AttnSite,
         _check_new_head(self, like, kv_head, len(source), max(kv) + 1)
         kv.append(kv_head)
         source += source[like],
-    donors = tuple((like, bool(split and split[0])) for like, _, *split in new)
-    return replace(_resized(self, kv, self.proj), native=self.native or self, source=source,
-                   donors=self.donors + donors)
+    donors = tuple((like, any(split[:1])) for like, _, *split in new)
+    return replace(_resized(self, kv, self.proj), source=source,
+                   native=self.native or self, donors=self.donors + donors)
 
 # %% ../nbs/00_heads.ipynb #c0077
 def _row_share(site, part, n):
-    "Parameters of one of `n` units in the projection of `part`; 0 if its rows stay."
+    "Parameters of one of `n` units in a projection; 0 if its rows stay."
     if part not in site.proj or part in site.stay: return 0
     core = core_linear(site.attn.get_submodule(site.proj[part]))
     bias = getattr(core, 'bias', None)
@@ -692,7 +759,8 @@ def _param_cost(site):
 
 def _cache_cost(site):
     "Bytes per cached token of a query head, and of a KV head."
-    if site.columns_only or site.layout == 'mla' or 'v' not in site.proj: return 0., 0.
+    if site.columns_only or site.layout == 'mla': return 0., 0.
+    if 'v' not in site.proj: return 0., 0.
     key_size = site.head_dim
     if site.layout == 'separate' and 'k' in site.proj:
         keys = site.attn.get_submodule(site.proj['k'])
@@ -707,11 +775,12 @@ HEAD_UNITS = (*UNITS, 'flops')
 
 @patch
 def cost(self:AttnSite,
-    unit:str='params', # 'heads', 'params', 'kv_bytes' (per cached token) or 'flops' (per token)
+    unit:str='params', # One of `HEAD_UNITS`, the last two per token
     context:int=512, # Tokens attended to on average, for 'flops'
-) -> tuple: # Cost of a query head, cost of a key/value head
-    "What is saved with a query head, and besides with the last one of a group."
-    if unit not in HEAD_UNITS: raise ValueError(f'unit {unit!r} is not one of {HEAD_UNITS}')
+) -> tuple: # Of a query head, and of a KV head
+    "What is saved with a query head, and with the last one of a group."
+    if unit not in HEAD_UNITS:
+        raise ValueError(f'unit {unit!r} is not one of {HEAD_UNITS}')
     if unit == 'heads': return 1., 0.
     if unit == 'kv_bytes': return _cache_cost(self)
     query, group = _param_cost(self)
@@ -720,10 +789,11 @@ def cost(self:AttnSite,
 
 def head_cost(
     site:AttnSite, # An attention layer
-    unit:str='params', # 'heads', 'params' or 'kv_bytes' (per cached token)
-) -> tuple: # Cost of a query head, cost of a key/value head
-    "What is saved with a query head, and besides with the last one of a group."
-    if unit not in UNITS: raise ValueError(f'unit {unit!r} is not one of {UNITS}')
+    unit:str='params', # 'heads', 'params' or 'kv_bytes' (per token)
+) -> tuple: # Of a query head, and of a KV head
+    "`AttnSite.cost` in the units that gates can count."
+    if unit not in UNITS:
+        raise ValueError(f'unit {unit!r} is not one of {UNITS}')
     return site.cost(unit)
 
 # %% ../nbs/00_heads.ipynb #c0082
@@ -740,11 +810,11 @@ def head_params(self:HeadMap) -> int:
 
 @patch
 def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
-    "The cost of each query head with its share of a KV head; NaN where there is none."
+    "The cost of each query head with its share of a KV head, else NaN."
     costs = torch.full(self.shape, math.nan, device='cpu')
     for s in self:
         query, group = head_cost(s, unit)
-        readers = s.kv_of.bincount()[s.kv_of]       # query heads that share the same KV head
+        readers = s.kv_of.bincount()[s.kv_of]       # of the same KV head
         costs[s.layer, :s.n_heads] = query + group/readers
     return costs
 
@@ -752,7 +822,7 @@ def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
 def alike_layers(
     keys, # What is said about each layer
 ) -> list: # Rows of (label, key, layers)
-    "Neighbouring layers of which the same is said, with a label such as '0–3'."
+    "Neighbouring layers with the same key, labelled such as '0–3'."
     runs = []
     for layer, key in enumerate(keys):
         if runs and runs[-1][0] == key: runs[-1][1].append(layer)
@@ -763,29 +833,35 @@ def alike_layers(
 def markdown_table(rows:list) -> str:
     "Rows as a Markdown table, the first as its head."
     lines = [rows[0], ('---',)*len(rows[0]), *rows[1:]]
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+    cells = [' | '.join(map(str, line)) for line in lines]
+    return '\n'.join(f'| {line} |' for line in cells)
 
 def text_table(rows:list) -> str:
     "Rows as text with columns in line."
     text = [tuple(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*text)]
-    pad = lambda row: '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-    return '\n'.join(map(pad, text))
+    lines = []
+    for row in text:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
 
 # %% ../nbs/00_heads.ipynb #c0180
 @patch
-def coverage(self:HeadMap) -> list: # (layers, module, heads, KV heads, head size, layout, parameters)
-    "The rows of the coverage table, alike layers merged."
-    def facts(s):
-        if s is None: return 'no softmax attention', 0, 0, '', ''
-        return type(s.attn).__name__, s.n_heads, s.n_kv_heads, s.head_dim, s.layout
-
-    keys = [(facts(s), s is not None and s.shared_by != ()) for s in self.sites]
+def coverage(self:HeadMap) -> list: # One tuple a line
+    "The lines of the coverage table, alike layers merged."
     rows = []
-    for label, (key, _), layers in alike_layers(keys):
-        held = sum(self.sites[l].params() for l in layers if self.sites[l] is not None)
+    for label, (_, *key), layers in alike_layers(map(_line_key, self.sites)):
+        sites = filter(None, [self.sites[l] for l in layers])
+        held = sum(s.params() for s in sites)
         rows.append((label, *key, f'{round(held):,}'))
     return rows
+
+def _line_key(s):
+    "What layers on the same line have in common; not all of it is shown."
+    if s is None: return False, 'no softmax attention', 0, 0, '', ''
+    name = type(s.attn).__name__
+    return s.shared_by != (), name, s.n_heads, s.n_kv_heads, s.head_dim, s.layout
 
 # %% ../nbs/00_heads.ipynb #c0182
 def map_summary(
@@ -795,15 +871,20 @@ def map_summary(
     held:int, # Parameters that they hold
 ) -> list: # Sentences
     "What a map covers, which modules are shared, and what is not mapped."
-    with_units = sum(1 for _ in units)
-    said = [f'{units.model_type}: {n} {what} in {with_units} of {len(units)} layers hold {held:,} of '
-            f'{units.n_params:,} parameters ({held/units.n_params:.0%}).']
-    shared = [f'{path} runs the module of layer {s.layer}' for s in units for path in s.shared_by]
+    layers, total = len(list(units)), units.n_params
+    covered = (f'{units.model_type}: {n} {what} in {layers} of {len(units)} layers '
+               f'hold {held:,} of {total:,} parameters ({held/total:.0%}).')
+    shared = [f'{path} runs the module of layer {s.layer}'
+              for s in units for path in s.shared_by]
     left = [f'{path} ({why})' for path, why in units.unmapped.items()]
-    for title, items in (('Shared', shared), ('Not mapped', left)):
-        more = f'; and {len(items)-4} more' if len(items) > 4 else ''
-        if items: said.append(f'{title}: ' + '; '.join(items[:4]) + more + '.')
-    return said
+    lists = _first_four('Shared', shared), _first_four('Not mapped', left)
+    return [covered, *filter(None, lists)]
+
+def _first_four(title, items):
+    "A sentence that lists items, the first four of them."
+    if not items: return ''
+    more = f'; and {len(items)-4} more' if len(items) > 4 else ''
+    return f'{title}: ' + '; '.join(items[:4]) + more + '.'
 
 @patch
 def summary(self:HeadMap) -> list: # Sentences
@@ -811,39 +892,48 @@ def summary(self:HeadMap) -> list: # Sentences
     return map_summary(self, 'heads', self.n_heads, self.head_params())
 
 # %% ../nbs/00_heads.ipynb #c0087
-_HEADINGS = ('layers', 'module', 'heads', 'KV heads', 'head size', 'layout', 'parameters in heads')
+_HEADINGS = ('layers', 'module', 'heads', 'KV heads',
+             'head size', 'layout', 'parameters in heads')
 _SHORT = ('layers', 'module', 'heads', 'KV', 'size', 'layout', 'params')
 
 @patch
 def _repr_markdown_(self:HeadMap):
-    return '\n\n'.join([markdown_table([_HEADINGS, *self.coverage()]), *self.summary()])
+    table = markdown_table([_HEADINGS, *self.coverage()])
+    return '\n\n'.join([table, *self.summary()])
 
 @patch
 def __repr__(self:HeadMap):
-    return '\n'.join([text_table([_SHORT, *self.coverage()]), *self.summary()])
+    table = text_table([_SHORT, *self.coverage()])
+    return '\n'.join([table, *self.summary()])
 
 # %% ../nbs/00_heads.ipynb #c0116
 _ELSEWHERE = {  # what a weight is: the way out
-    'quantized': 'load the model without quantization, do it there, and quantize the result',
-    'offloaded': 'load the whole model into memory (without a device_map that offloads)',
+    'quantized': 'load the model without quantization, do it there, '
+                 'and quantize the result',
+    'offloaded': 'load the whole model into memory '
+                 '(without a device_map that offloads)',
     'without data (meta)': 'load the weights first',
     'sharded': 'do it in one process, before the model is sharded'}
 
+_PIECES = ('DTensor', 'FlatParameter', 'ShardedTensor')
+
 def _trouble(module):
-    "A projection's weight in words and a key of `_ELSEWHERE`; None for a float matrix in memory."
+    "A weight in words and a key of `_ELSEWHERE`; None if all is well."
     try: core = core_linear(module)
     except UnsupportedArchitecture:
-        return f'a {type(module).__name__} without a weight of floats', 'quantized'
+        name = type(module).__name__
+        return f'a {name} without a weight of floats', 'quantized'
     w = core.weight
     is_plain = type(w) in (nn.Parameter, Tensor)
     kind = str(w.dtype) if is_plain else type(w).__name__
     said = f'{kind} of shape {tuple(w.shape)} on {w.device}'
-    if kind in ('DTensor', 'FlatParameter', 'ShardedTensor'): return said, 'sharded'
+    if kind in _PIECES: return said, 'sharded'
     is_float = w.is_floating_point() and w.element_size() >= 2
     if not is_float or not is_plain: return said, 'quantized'
     if w.ndim != 2: return said, 'sharded'
     if not w.is_meta: return None
-    return said, 'offloaded' if hasattr(core, '_hf_hook') else 'without data (meta)'
+    is_elsewhere = hasattr(core, '_hf_hook')
+    return said, 'offloaded' if is_elsewhere else 'without data (meta)'
 
 # %% ../nbs/00_heads.ipynb #c0118
 def check_weights(
@@ -852,17 +942,20 @@ def check_weights(
     parts:str='o', # Which projections, of 'qkvo'
     empty:bool=False, # May they be without data (on `meta`, not offloaded)?
 ):
-    "Raise `RuntimeError` with the way out unless these projections hold floats in memory."
-    sites = [where] if isinstance(where, AttnSite) else head_map(base_model(where))
+    "Raise `RuntimeError` unless these projections hold floats in memory."
+    is_layer = isinstance(where, AttnSite)
+    sites = [where] if is_layer else head_map(base_model(where))
     for s in sites:
         names = [s.out_name] if 'o' in parts else []
         names += [name for part, name in s.proj.items() if part in parts]
         for name in dict.fromkeys(names):
             trouble = _trouble(s.attn.get_submodule(name))
-            if trouble is None or empty and trouble[1] == 'without data (meta)': continue
+            if trouble is None: continue
             said, why = trouble
-            raise RuntimeError(f'layer {s.layer}: {s.path}.{name}.weight is {said}, {why}; '
-                               f'{what} needs float weights in memory: {_ELSEWHERE[why]}')
+            if empty and why == 'without data (meta)': continue
+            raise RuntimeError(
+                f'layer {s.layer}: {s.path}.{name}.weight is {said}, {why}; '
+                f'{what} needs float weights in memory: {_ELSEWHERE[why]}')
 
 # %% ../nbs/00_heads.ipynb #c0093
 @torch.no_grad()
@@ -870,7 +963,7 @@ def inputs_of(
     model:nn.Module, # A decoder
     projection:nn.Module, # One of its layers
 ) -> Tensor:
-    "What a layer is given at its first call, when the model reads a dozen tokens."
+    "What a layer is given first, when the model reads a dozen tokens."
     ids = torch.arange(12, device=next(model.parameters()).device)[None] + 3
     calls = []
     note = lambda m, args: calls.append(args[0].detach().clone())
@@ -903,9 +996,10 @@ def probe(
     part:str, # 'q', 'k' or 'v'
     head:int, # A query head
 ) -> Bool[Tensor, ' h']:
-    "Which heads' slices change when the rows for `part` of `head` are disturbed?"
+    "Which slices change when the rows for `part` of `head` are disturbed?"
     name, rows = site.rows(part, head)
     before = inputs_of(model, site.out)
-    with disturbed(site.attn.get_submodule(name), rows): after = inputs_of(model, site.out)
-    change = (before - after).reshape(-1, site.n_heads, site.head_dim)   # t h d
-    return change.abs().amax((0, 2)) > 1e-6
+    projection = site.attn.get_submodule(name)
+    with disturbed(projection, rows): after = inputs_of(model, site.out)
+    change = (before - after).unflatten(-1, (site.n_heads, -1))   # b t h d
+    return change.flatten(0, -3).abs().amax((0, 2)) > 1e-6
