@@ -156,6 +156,7 @@ def _check_rows(site, part, head):
         f'has no rows of its own for {part!r}; '
         'gates work, removing rows needs a layout: see register_arch')
 
+# %% ../nbs/00_heads.ipynb #c0192
 @patch
 def rows(self:AttnSite,
     part:str, # 'q', 'k' or 'v'
@@ -557,6 +558,7 @@ def _check_found(model, found, unmapped):
         "register_arch('ClassName', lambda attn: "
         'dict(out_name=..., proj=dict(q=..., k=..., v=...)))')
 
+# %% ../nbs/00_heads.ipynb #c0195
 def head_map(
     model:nn.Module, # A decoder (or PEFT's wrapper around one)
 ) -> HeadMap:
@@ -588,13 +590,11 @@ def _resized_entries(site, proj, n, g):
     new = dict(q=n, k=g, v=g)
     old = dict(q=site.n_heads, k=site.n_kv_heads, v=site.n_kv_heads)
     is_fused = site.layout not in ('separate', 'mla')
-    sizes = {}
-    for part, name in proj.items():
-        have, had = (sum(new.values()), sum(old.values())) if is_fused else (new[part], old[part])
-        sizes[name] = site.sizes[name]*have // had
-    for name, _, part in site.extras:
-        sizes[name] = site.sizes[name]*new[part] // old[part]
-    return sizes
+    owners = {name: 'qkv' if is_fused else part for part, name in proj.items()}
+    owners |= {name: part for name, _, part in site.extras}
+    units = lambda count, parts: sum(count[part] for part in parts)
+    return {name: site.sizes[name]*units(new, parts) // units(old, parts)
+            for name, parts in owners.items()}
 
 # %% ../nbs/00_heads.ipynb #c0158
 def _resized(site, kv, proj):
@@ -605,6 +605,7 @@ def _resized(site, kv, proj):
                    kv=None if is_even else tuple(kv),
                    sizes=_resized_entries(site, proj, n, g))
 
+# %% ../nbs/00_heads.ipynb #c0198
 @patch
 def narrow(self:AttnSite,
     keep:list, # Query heads that are kept, in order
@@ -659,6 +660,19 @@ def _kept_entries(site, name, part, keep):
     return unit_rows(site.sizes[name]//n, n)[heads].flatten()
 
 # %% ../nbs/00_heads.ipynb #c0165
+def _row_places(site, small, keep, rows_stay):
+    "Places of the weights and biases of projections."
+    res = {}
+    for name in dict.fromkeys(site.proj.values()):
+        size = site.sizes[name]
+        idx = torch.arange(size, device='cpu')
+        if not rows_stay: idx = _kept_rows(site, small, name, keep)
+        dim = 1 - in_dim(site.attn.get_submodule(name))
+        res[core_name(site.attn, name)] = dim, size, idx
+        res[core_name(site.attn, name, 'bias')] = 0, size, idx
+    return res
+
+# %% ../nbs/00_heads.ipynb #c0201
 @patch
 def places(self:AttnSite,
     keep, # Query heads that are kept, in order
@@ -679,18 +693,6 @@ def places(self:AttnSite,
         res[name] = dim, size, idx
     is_there = lambda name: param_at(self.attn, name) is not None
     return {name: res[name] for name in filter(is_there, res)}
-
-def _row_places(site, small, keep, rows_stay):
-    "Places of the weights and biases of projections."
-    res = {}
-    for name in dict.fromkeys(site.proj.values()):
-        size = site.sizes[name]
-        idx = torch.arange(size, device='cpu')
-        if not rows_stay: idx = _kept_rows(site, small, name, keep)
-        dim = 1 - in_dim(site.attn.get_submodule(name))
-        res[core_name(site.attn, name)] = dim, size, idx
-        res[core_name(site.attn, name, 'bias')] = 0, size, idx
-    return res
 
 # %% ../nbs/00_heads.ipynb #c0071
 def _check_widen(site):
@@ -757,6 +759,7 @@ def _param_cost(site):
     each = share('q', n + 2*g)
     return query + each, 2*each + group
 
+# %% ../nbs/00_heads.ipynb #c0204
 def _cache_cost(site):
     "Bytes per cached token of a query head, and of a KV head."
     if site.columns_only or site.layout == 'mla': return 0., 0.
@@ -787,6 +790,7 @@ def cost(self:AttnSite,
     if unit == 'params': return query, group
     return 2*query + 4*self.head_dim*context, 2*group
 
+# %% ../nbs/00_heads.ipynb #c0207
 def head_cost(
     site:AttnSite, # An attention layer
     unit:str='params', # 'heads', 'params' or 'kv_bytes' (per token)
@@ -830,6 +834,7 @@ def alike_layers(
     label = lambda ls: str(ls[0]) if len(ls) == 1 else f'{ls[0]}–{ls[-1]}'
     return [(label(layers), key, layers) for key, layers in runs]
 
+# %% ../nbs/00_heads.ipynb #c0210
 def markdown_table(rows:list) -> str:
     "Rows as a Markdown table, the first as its head."
     lines = [rows[0], ('---',)*len(rows[0]), *rows[1:]]
@@ -864,6 +869,13 @@ def _line_key(s):
     return s.shared_by != (), name, s.n_heads, s.n_kv_heads, s.head_dim, s.layout
 
 # %% ../nbs/00_heads.ipynb #c0182
+def _first_four(title, items):
+    "A sentence that lists items, the first four of them."
+    if not items: return ''
+    more = f'; and {len(items)-4} more' if len(items) > 4 else ''
+    return f'{title}: ' + '; '.join(items[:4]) + more + '.'
+
+# %% ../nbs/00_heads.ipynb #c0213
 def map_summary(
     units, # A `HeadMap` or a `ChannelMap`
     what:str, # What its units are called
@@ -879,12 +891,6 @@ def map_summary(
     left = [f'{path} ({why})' for path, why in units.unmapped.items()]
     lists = _first_four('Shared', shared), _first_four('Not mapped', left)
     return [covered, *filter(None, lists)]
-
-def _first_four(title, items):
-    "A sentence that lists items, the first four of them."
-    if not items: return ''
-    more = f'; and {len(items)-4} more' if len(items) > 4 else ''
-    return f'{title}: ' + '; '.join(items[:4]) + more + '.'
 
 @patch
 def summary(self:HeadMap) -> list: # Sentences
