@@ -983,14 +983,17 @@ def inputs_of(
 def disturbed(
     projection:nn.Module, # A projection, or a wrapper around it
     rows:Tensor, # Some of its rows
-    noise:float=3., # How much, in standard deviations
+    noise:float=3., # How much is added
+    seed:int=0, # Of the noise
 ):
     "Add noise to the weights of these rows, and put them back in the end."
     weight = core_linear(projection).weight
     idx = (rows,) if in_dim(projection) else (slice(None), rows)
     with torch.no_grad():
         old = weight[idx].clone()
-        weight[idx] = old + noise*torch.randn_like(old)
+        draw = torch.Generator(old.device).manual_seed(seed)
+        change = torch.empty_like(old).normal_(generator=draw)
+        weight[idx] = old + noise*change
     try: yield
     finally:
         with torch.no_grad(): weight[idx] = old
