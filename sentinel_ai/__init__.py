@@ -1,6 +1,7 @@
 __version__ = "0.1.0"
 
-from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, random_model, register_arch
+from .testing import random_model
+from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, register_arch
 from .channels import ChannelMap, MlpSite, channel_map, register_mlp
 from .gates import (AdaptiveMixin, GateConfig, adapt, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive, is_merged,
                     merge_gates, set_gates, unadapt, unmerge_gates)

@@ -21,7 +21,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from .io import whole, write_text
-from .heads import core_linear, head_map, in_dim, random_model
+from .heads import core_linear, head_map, in_dim
+from .testing import random_model
 from .gates import adapt, gate_values, set_gates, unadapt
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
 from .data import TEXTS, lm_dataset, load_text

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sentinel_ai import UnsupportedArchitecture
 from sentinel_ai.channels import channel_map, probe_channels, sites
-from sentinel_ai.heads import core_linear, head_map, in_dim, random_model
+from sentinel_ai.heads import core_linear, head_map, in_dim
+from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -149,10 +150,11 @@ def test_gradients_reach_a_pruned_mlp(name):
 def test_parts_add_up(name):
     model = build(name)
     both = sites(model)
-    assert sum(both.parts.values()) == sum(p.numel() for p in model.parameters())
-    assert all(n >= 0 for n in both.parts.values())
+    parts = both.parts(model)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    assert all(n >= 0 for n in parts.values())
     assert (both.channels is None) == (name in NO_MLP)
-    assert both.parts['experts'] > 0 or not both.why
+    assert parts['experts'] > 0 or not both.why
 
 
 @pytest.mark.parametrize('name', sorted(NO_MLP))

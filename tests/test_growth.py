@@ -12,7 +12,8 @@ import pytest
 import torch
 from sentinel_ai import UnsupportedArchitecture, adapt, gate_values, head_map, measure, prune, set_gates, unadapt, unprune
 from sentinel_ai.growth import flops_per_token, grow, init_small, strength, ungrow
-from sentinel_ai.heads import head_cost, random_config
+from sentinel_ai.heads import head_cost
+from sentinel_ai.testing import random_config
 from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
 from transformers import AutoModelForCausalLM
 

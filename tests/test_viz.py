@@ -10,7 +10,7 @@ from sentinel_ai.controller import ThresholdController
 from sentinel_ai.data import lm_dataset
 from sentinel_ai.gates import GateConfig
 from sentinel_ai.growth import grow
-from sentinel_ai.heads import random_model
+from sentinel_ai.testing import random_model
 from sentinel_ai.measure import measure
 from sentinel_ai.memory import HeadMemory
 from sentinel_ai.regrow import regrow
