@@ -6,190 +6,296 @@
 __all__ = ['TEXTS', 'load_text', 'lm_dataset']
 
 # %% ../nbs/08_data.ipynb #c0003
-import difflib, hashlib, re
-from functools import cache
+import difflib, hashlib, json, re
+from functools import cached_property
 from pathlib import Path
 from typing import Union
 
 # %% ../nbs/08_data.ipynb #c0004
 import datasets, numpy as np, pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import (
+    Dataset, DatasetDict, Features, IterableDataset, List, Value,
+    concatenate_datasets)
 from datasets.fingerprint import Hasher
+from fastcore.basics import patch, store_attr
 
 # %% ../nbs/08_data.ipynb #c0015
-TEXTS = dict(
-    python_docs='the English documentation inside CPython (offline)',
-    tiny_shakespeare=dict(path='text', sample_by='document', data_files='https://raw.githubusercontent.com/'
-                          'karpathy/char-rnn/master/data/tinyshakespeare/input.txt'),
-    **{'wikitext-2': dict(path='Salesforce/wikitext', name='wikitext-2-raw-v1')},
-    openwebtext=dict(path='Skylion007/openwebtext', revision='refs/convert/parquet', streaming=True))
-_BUILDERS = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
+_SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/'
+    'master/data/tinyshakespeare/input.txt')
+TEXTS = {
+    'python_docs': 'the English documentation inside CPython (offline)',
+    'tiny_shakespeare': dict(
+        path='text', sample_by='document', data_files=_SHAKESPEARE),
+    'wikitext-2': dict(
+        path='Salesforce/wikitext', name='wikitext-2-raw-v1'),
+    'openwebtext': dict(
+        path='Skylion007/openwebtext',
+        revision='refs/convert/parquet', streaming=True)}
+_BUILDERS = {
+    '.txt': 'text',
+    '.jsonl': 'json',
+    '.json': 'json',
+    '.parquet': 'parquet'}
 
 # %% ../nbs/08_data.ipynb #c0016
 def _python_docs():
-    "The topics of `pydoc_data`, one document each, with their name in the column `id`"
+    "The topics of `pydoc_data`, one document each, named in the column `id`"
     from pydoc_data.topics import topics
     return Dataset.from_dict(dict(id=list(topics), text=list(topics.values())))
 
 # %% ../nbs/08_data.ipynb #c0017
 def _text_column(ds, column, name):
-    "`ds` with one column, `text`: the one asked for, else one called `text`, else the only one that holds strings"
+    "`ds` with one column, `text`: the one asked for, or meant"
     ds = ds if ds.features else ds._resolve_features()
-    strs = [k for k, v in ds.features.items() if getattr(v, 'dtype', '') in ('string', 'large_string')]
-    col = column or ('text' if 'text' in strs else strs[0] if len(strs) == 1 else None)
-    if col not in strs: raise ValueError(
-        f"{name}: {f'no column {column!r} that holds text' if column else 'which column is the text?'} "
-        f"The columns are {dict((k, str(getattr(v, 'dtype', v))) for k, v in ds.features.items())}; "
-        f"name one that holds strings with column=..., one of {strs}")
-    ds = ds.select_columns([col])
-    return ds if col == 'text' else ds.rename_column(col, 'text')
+    def kind_of(feature): return str(getattr(feature, 'dtype', feature))
+    kinds = {key: kind_of(feature) for key, feature in ds.features.items()}
+    text_kinds = ('string', 'large_string')
+    strings = [key for key, kind in kinds.items() if kind in text_kinds]
+    chosen = column
+    if not chosen and 'text' in strings: chosen = 'text'
+    if not chosen and len(strings) == 1: chosen = strings[0]
+    if chosen not in strings:
+        raise ValueError(_no_column(column, name, kinds, strings))
+    ds = ds.select_columns([chosen])
+    return ds if chosen == 'text' else ds.rename_column(chosen, 'text')
+
+def _no_column(column, name, kinds, strings):
+    asked = 'which column is the text?'
+    if column: asked = f'no column {column!r} that holds text.'
+    return (f'{name}: {asked} The columns are {kinds}; '
+            f'name one that holds strings with column=..., one of {strings}')
 
 # %% ../nbs/08_data.ipynb #c0018
+def _text_files(path):
+    "The file, or every text file in the folder, by name"
+    found = path.rglob('*') if path.is_dir() else [path]
+    def is_text(file): return file.suffix.lower() in _BUILDERS
+    files = sorted(filter(is_text, found))
+    got = f', not {path.suffix!r}'
+    if path.is_dir(): got = ' files in this folder, found none'
+    if not files: raise ValueError(f"{path}: expected {', '.join(_BUILDERS)}{got}")
+    empty = [str(file) for file in files if not file.stat().st_size]
+    if empty: raise ValueError(f"empty text: {', '.join(empty)}")
+    return files
+
 def _local_text(path, split, streaming, column):
-    "A text file, or every text file in a folder, in the order of their names"
-    files = sorted(f for f in (path.rglob('*') if path.is_dir() else [path]) if f.suffix.lower() in _BUILDERS)
-    if not files: raise ValueError(f"{path}: expected {', '.join(_BUILDERS)}" +
-                                   (' files in this folder, found none' if path.is_dir() else f", not {path.suffix!r}"))
-    if empty := [str(f) for f in files if not f.stat().st_size]: raise ValueError(f"empty text: {', '.join(empty)}")
-    kinds = {}
-    for f in files: kinds.setdefault(_BUILDERS[f.suffix.lower()], []).append(str(f))
-    dss = [_text_column(datasets.load_dataset(k, data_files=fs, split=split, streaming=streaming,
-                                              **(dict(sample_by='document') if k == 'text' else {})), column, path)
-           for k, fs in kinds.items()]
-    return dss[0] if len(dss) == 1 else concatenate_datasets(dss)
+    "The documents of a text file, or of a folder of them"
+    by_kind = {}
+    for file in _text_files(path):
+        kind = _BUILDERS[file.suffix.lower()]
+        by_kind.setdefault(kind, []).append(str(file))
+    def load(kind, names):
+        more = dict(sample_by='document') if kind == 'text' else {}
+        ds = datasets.load_dataset(
+            kind, data_files=names, split=split, streaming=streaming, **more)
+        return _text_column(ds, column, path)
+    parts = [load(kind, names) for kind, names in by_kind.items()]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 # %% ../nbs/08_data.ipynb #c0020
 def _articles(batch):
-    "Lines of WikiText joined into articles, in the columns of a batch that holds the whole split"
+    "Lines of WikiText joined into articles, in a batch of the whole split"
     text = ''.join(batch['text'])
-    cuts = [m.start() for m in re.finditer(r'^ = [^=\n]+ = ?$', text, re.M)] or [0]
-    return dict(text=[p for a, b in zip([0]*(cuts[0] > 0) + cuts, cuts[cuts[0] == 0:] + [len(text)])
-                      if (p := text[a:b]).strip()])
-
-# %% ../nbs/08_data.ipynb #c0022
-def load_text(
-    name='python_docs',  # One of `TEXTS`, a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of them, or a Hub data set
-    split=None,          # As in `datasets`: 'train', 'validation', 'train[:10%]'; by default 'train'
-    streaming=None,      # Read row by row instead of downloading first? By default only for `openwebtext`
-    column=None,         # Column that holds the text; by default `text`, or the only one that holds strings
-    **kwargs             # To `datasets.load_dataset`, for a data set from the Hub
-)->Union[Dataset, IterableDataset]: # Documents, in the column `text`
-    "Documents from a named text, from local files, or from the Hub"
-    name, split = str(name), split or 'train'
-    if name == 'python_docs':
-        if split != 'train': raise ValueError(f"python_docs has one split, 'train', not {split!r}; `lm_dataset` divides it")
-        return _python_docs().to_iterable_dataset() if streaming else _python_docs()
-    if name not in TEXTS:
-        if Path(name).exists(): return _local_text(Path(name), split, bool(streaming), column)
-        _no_such_text(name)
-    return _remote_text(name, dict(TEXTS.get(name) or dict(path=name)) | kwargs, split, streaming, column)
+    titles = re.finditer(r'^ = [^=\n]+ = ?$', text, re.M)
+    borders = sorted({0, len(text), *(title.start() for title in titles)})
+    parts = [text[start:end] for start, end in zip(borders, borders[1:])]
+    return dict(text=[part for part in parts if part.strip()])
 
 # %% ../nbs/08_data.ipynb #c0023
-def _no_such_text(name):
+def _check_hub_name(name):
     "Raise, unless `name` may be a data set of the Hub"
-    if Path(name).suffix.lower() in _BUILDERS: raise FileNotFoundError(f"no such file: {name} (looked in {Path.cwd()})")
+    if Path(name).suffix.lower() in _BUILDERS:
+        raise FileNotFoundError(
+            f'no such file: {name} (looked in {Path.cwd()})')
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name): return
-    near = difflib.get_close_matches(name.lower().replace('_', '-'), [k.replace('_', '-') for k in TEXTS], 1, .5)
-    near = [k for k in TEXTS if near and k.replace('_', '-') == near[0]]
-    raise ValueError(f"unknown text {name!r}" + (f": did you mean {near[0]!r}?" if near else '.') +
-                     f" Known are {', '.join(TEXTS)}, and any {'/'.join(_BUILDERS)} file or folder of them")
+    spelled = {key.replace('_', '-'): key for key in TEXTS}
+    asked = name.lower().replace('_', '-')
+    near = difflib.get_close_matches(asked, list(spelled), 1, .5)
+    tip = f': did you mean {spelled[near[0]]!r}?' if near else '.'
+    raise ValueError(
+        f"unknown text {name!r}{tip} Known are {', '.join(TEXTS)}, "
+        f"and any {'/'.join(_BUILDERS)} file or folder of them")
 
-# %% ../nbs/08_data.ipynb #c0024
+def _not_loaded(name, args, e):
+    "The error for a text that can't be had"
+    where = args.get('data_files', args['path'])
+    hint = ''
+    if isinstance(e, ImportError): hint = ' (`pip install "fsspec[http]"` first)'
+    return ConnectionError(
+        f'the text {name!r} ({where}) could not be loaded{hint}: '
+        f'{type(e).__name__}: {e}. Without a network, '
+        f"give the path of a local {', '.join(_BUILDERS)} file, "
+        "or use 'python_docs'")
+
+# %% ../nbs/08_data.ipynb #c0121
 def _remote_text(name, args, split, streaming, column):
-    "What `datasets.load_dataset` gives for `args`; if it can't be had, an error that names the way out"
+    "What `load_dataset` gives for `args`; if it can't be had, the way out"
     if streaming is not None: args['streaming'] = streaming
     try: ds = datasets.load_dataset(**args, split=split)
-    except Exception as e:
-        hint = ' (`pip install "fsspec[http]"` first)' if isinstance(e, ImportError) else ''
-        raise ConnectionError(
-            f"the text {name!r} ({args.get('data_files', args['path'])}) could not be loaded{hint}: {type(e).__name__}: "
-            f"{e}. Without a network, give the path of a local {', '.join(_BUILDERS)} file, or use 'python_docs'") from e
+    except Exception as e: raise _not_loaded(name, args, e) from e
     ds = _text_column(ds, column, name)
     if name != 'wikitext-2' or isinstance(ds, IterableDataset): return ds
     return ds.map(_articles, batched=True, batch_size=None)
 
+# %% ../nbs/08_data.ipynb #c0022
+def load_text(
+    name='python_docs', # One of `TEXTS`, a file, a folder, or a Hub data set
+    split=None, # As in `datasets`: 'train[:10%]'; by default 'train'
+    streaming=None, # Row by row, without a download? By default for `openwebtext`
+    column=None, # The text's; by default `text`, or the only one of strings
+    **kwargs # To `datasets.load_dataset`, for a data set from the Hub
+)->Union[Dataset, IterableDataset]: # Documents, in the column `text`
+    "Documents from a named text, from local files, or from the Hub"
+    name = str(name)
+    split = split or 'train'
+    if name == 'python_docs':
+        if split != 'train': raise ValueError(
+            f"python_docs has one split, 'train', not {split!r}; "
+            '`lm_dataset` divides it')
+        docs = _python_docs()
+        return docs.to_iterable_dataset() if streaming else docs
+    if name not in TEXTS:
+        path = Path(name)
+        if path.exists():
+            return _local_text(path, split, bool(streaming), column)
+        _check_hub_name(name)
+    args = TEXTS.get(name) or dict(path=name)
+    return _remote_text(name, args | kwargs, split, streaming, column)
+
 # %% ../nbs/08_data.ipynb #c0047
 def _cut_at(text, i):
-    "The end of a paragraph, line or word at or before `i`, not further back than a tenth of the text"
-    for sep in '\n\n', '\n', ' ':
-        if (j := text.rfind(sep, max(1, i - len(text)//10), i)) > 0: return j + len(sep)
+    "The last end of a paragraph, line or word before `i`, or `i` if none is near"
+    first = max(1, i - len(text)//10)
+    for gap in '\n\n', '\n', ' ':
+        at = text.rfind(gap, first, i)
+        if at > 0: return at + len(gap)
     return i
 
 # %% ../nbs/08_data.ipynb #c0048
+def _digests(ds, seed):
+    "Random bytes for each document, from the seed and the document alone"
+    column = 'id' if 'id' in ds.column_names else 'text'
+    def digest(name):
+        text = f'{seed}:{name}'
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return list(map(digest, ds[column]))
+
 def _borders(ds, lens, valid, seed):
     "For each document, the character at which its validation part begins"
-    borders, want, have = np.array(lens), valid*sum(lens), 0
-    ids = 'id' if 'id' in ds.column_names else 'text'
-    hashes = [hashlib.blake2b(f'{seed}:{t}'.encode(), digest_size=8).digest() for t in ds[ids]]
-    for i in sorted(np.flatnonzero(lens), key=hashes.__getitem__):
-        if have + lens[i] <= want: borders[i], have = 0, have + lens[i]
-    if have < want/2:
+    borders = np.array(lens)
+    want = valid*sum(lens)
+    have = 0
+    digests = _digests(ds, seed)
+    for i in sorted(np.flatnonzero(lens), key=digests.__getitem__):
+        if have + lens[i] > want: continue
+        borders[i] = 0
+        have += lens[i]
+    if have < want/2:   # cut the longest document
         i = int(np.argmax(borders))
-        borders[i] = _cut_at(ds[i]['text'], max(1, int(lens[i] - (want - have))))
+        at = max(1, int(lens[i] - (want - have)))
+        borders[i] = _cut_at(ds[i]['text'], at)
     return borders.tolist()
 
 # %% ../nbs/08_data.ipynb #c0050
 _PARA = re.compile(r'(\n[ \t]*\n)')
+
 def _paragraphs(text, least=40):
-    "(paragraph, its words joined by single spaces or '' if shorter than `least`) for each paragraph and each gap"
-    for p in _PARA.split(text):
-        k = ' '.join(p.split())
-        yield p, k if len(k) >= least else ''
+    "(paragraph or gap, its words; '' for fewer than `least` characters)"
+    for paragraph in _PARA.split(text):
+        words = ' '.join(paragraph.split())
+        yield paragraph, words if len(words) >= least else ''
+
+# %% ../nbs/08_data.ipynb #c0126
+def _ids(tok, texts):
+    "Token ids of texts, without special tokens"
+    if not texts: return []
+    out = tok(texts, add_special_tokens=False,
+              return_attention_mask=False, verbose=False)
+    return out['input_ids']
+
+def _start_of(tok):
+    "The tokens that a tokenizer puts before every text (BOS)"
+    whole = list(tok('a')['input_ids'])
+    bare = list(tok('a', add_special_tokens=False)['input_ids'])
+    for i in range(len(whole)):
+        if whole[i:i+len(bare)] == bare: return whole[:i]
+    return []
 
 # %% ../nbs/08_data.ipynb #c0053
-def _start_of(tok):
-    "The tokens that a tokenizer puts before every text (BOS), which a model has seen at the start of each document"
-    whole, bare = (list(tok('a', add_special_tokens=x)['input_ids']) for x in (True, False))
-    at = next((i for i in range(len(whole)) if whole[i:i+len(bare)] == bare), 0)
-    return whole[:at]
-
 class _Tokens:
-    "Documents to token ids: the training or the validation side of the borders"
-    def __init__(self, tok, borders, docs, train, dedup, piece=1_000_000):
-        self.tok, self.borders, self.docs, self.train, self.dedup, self.piece = tok, borders, docs, train, dedup, piece
-        self.seen, self.start = cache(self._seen), cache(lambda: _start_of(tok))
+    "Documents to token ids: one side of the borders"
+    def __init__(self, tok, borders, held, train, dedup, piece=1_000_000):
+        store_attr()
 
-    def _seen(self):
-        "The paragraphs of the validation side"
-        docs, borders, lens = self.docs
-        held = [i for i, (b, n) in enumerate(zip(borders, lens)) if b < n]
-        return {k for i, t in zip(held, docs.select(held)['text']) for _, k in _paragraphs(t[borders[i]:]) if k}
+    @cached_property
+    def start(self): return _start_of(self.tok)
+
+    @cached_property
+    def seen(self):
+        "The words of the paragraphs on the validation side"
+        docs, borders, lens = self.held
+        which = [i for i, n in enumerate(lens) if borders[i] < n]
+        seen = set()
+        for i, text in zip(which, docs.select(which)['text']):
+            seen |= {words for _, words in _paragraphs(text[borders[i]:])}
+        return seen - {''}
 
     def part(self, text, i):
         "This side's part of document `i`"
         text = text or ''
-        if not self.train: return text[self.borders[i]:]
-        text = text[:self.borders[i]]
-        return ''.join(p for p, k in _paragraphs(text) if k not in self.seen()) if self.dedup else text
+        border = self.borders[i]
+        if not self.train: return text[border:]
+        if not self.dedup: return text[:border]
+        paragraphs = _paragraphs(text[:border])
+        return ''.join(p for p, words in paragraphs if words not in self.seen)
 
-    def dropped(self, texts):
-        "Characters of training text that stand in the validation text too"
-        return sum(len(t[:self.borders[i]]) - len(self.part(t, i)) for i, t in enumerate(texts) if t)
+# %% ../nbs/08_data.ipynb #c0132
+@patch
+def dropped(self:_Tokens, texts):
+    "Characters of training text that stand in the validation text too"
+    n = 0
+    for i, text in enumerate(texts):
+        mine = (text or '')[:self.borders[i]]
+        n += len(mine) - len(self.part(text, i))
+    return n
 
-    def pieces(self, text):
-        "`text` in pieces that a tokenizer can take at once"
-        while len(text) > self.piece:
-            i = _cut_at(text[:self.piece], self.piece)
-            yield text[:i]
-            text = text[i:]
-        yield text
+@patch
+def pieces(self:_Tokens, text):
+    "`text` in pieces that a tokenizer can take at once"
+    while len(text) > self.piece:
+        end = _cut_at(text[:self.piece], self.piece)
+        yield text[:end]
+        text = text[end:]
+    yield text
 
-    def __call__(self, batch, idxs):
-        parts = [p for t, i in zip(batch['text'], idxs) if (p := self.part(t, i)).strip()]
-        pieces = [list(self.pieces(p)) for p in parts]
-        flat = [p for ps in pieces for p in ps]
-        ids = iter(self.tok(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
-                   if flat else [])
-        return dict(input_ids=[self.start() + [t for _ in ps for t in next(ids)] + [self.tok.eos_token_id] for ps in pieces])
+# %% ../nbs/08_data.ipynb #c0133
+@patch
+def __call__(self:_Tokens, batch, idxs):
+    "A batch of documents to rows of token ids"
+    parts = [self.part(text, i) for text, i in zip(batch['text'], idxs)]
+    docs = [list(self.pieces(part)) for part in parts if part.strip()]
+    flat = [piece for pieces in docs for piece in pieces]
+    ids = iter(_ids(self.tok, flat))
+    rows = []
+    for pieces in docs:
+        tokens = [token for _ in pieces for token in next(ids)]
+        rows.append(self.start + tokens + [self.tok.eos_token_id])
+    return dict(input_ids=rows)
 
 # %% ../nbs/08_data.ipynb #c0055
 class _Packer:
-    "Rows of token ids to rows of exactly `block_size`; what is left over is carried to the next batch"
-    def __init__(self, block_size): self.n, self.rest = block_size, np.zeros(0, dtype=np.int64)
+    "Rows of token ids to blocks of one size; the rest waits for the next batch"
+    def __init__(self, block_size):
+        self.n = block_size
+        self.rest = np.zeros(0, dtype=np.int64)
+
     def __call__(self, batch):
-        ids = np.concatenate([self.rest, *batch['input_ids']]).astype(np.int64)
+        ids = np.concatenate([self.rest, *batch['input_ids']])
+        ids = ids.astype(np.int64)
         whole = len(ids)//self.n*self.n
-        self.rest, rows = ids[whole:], ids[:whole].reshape(-1, self.n)
+        self.rest = ids[whole:]
+        rows = ids[:whole].reshape(-1, self.n)
         return dict(input_ids=rows, labels=rows.copy())
 
 # %% ../nbs/08_data.ipynb #c0058
@@ -197,134 +303,221 @@ _LAYOUT = 2  # raise it when what a cached file holds changes
 
 def _cached(ds, f, key, desc, **kw):
     "`ds.map(f)` in batches, kept in the cache of `datasets` under `key`"
-    fp = Hasher.hash((_LAYOUT, key, desc))
+    name = Hasher.hash((_LAYOUT, key, desc))
     folder = Path(datasets.config.HF_DATASETS_CACHE)/'sentinel_ai'
     folder.mkdir(parents=True, exist_ok=True)
-    return ds.map(f, batched=True, remove_columns=ds.column_names, new_fingerprint=fp, desc=desc,
-                  cache_file_name=str(folder/f'{fp}.arrow'), **kw)
+    return ds.map(
+        f, batched=True, remove_columns=ds.column_names, desc=desc,
+        new_fingerprint=name, cache_file_name=str(folder/f'{name}.arrow'), **kw)
 
 # %% ../nbs/08_data.ipynb #c0059
 def _tok_key(tok):
-    "What defines a tokenizer: not what was last asked of it (its truncation and padding)"
-    if not getattr(tok, 'is_fast', False): return [type(tok).__name__, sorted(tok.get_vocab().items()), tok.eos_token, getattr(tok, 'add_bos_token', None)]
-    import json
-    d = json.loads(tok.backend_tokenizer.to_str())
-    return [tok.eos_token, json.dumps(d | dict(truncation=None, padding=None), sort_keys=True)]
+    "What defines a tokenizer: not what was last asked of it"
+    if not getattr(tok, 'is_fast', False):
+        vocab = sorted(tok.get_vocab().items())
+        bos = getattr(tok, 'add_bos_token', None)
+        return [type(tok).__name__, vocab, tok.eos_token, bos]
+    definition = json.loads(tok.backend_tokenizer.to_str())
+    definition |= dict(truncation=None, padding=None)
+    return [tok.eos_token, json.dumps(definition, sort_keys=True)]
 
 # %% ../nbs/08_data.ipynb #c0060
 def _n_tokens(ds):
-    "Tokens in a column of lists, counted without reading them into Python"
-    return pc.sum(pc.list_value_length(ds.data.column('input_ids'))).as_py() or 0
+    "Tokens in a column of lists, without reading them into Python"
+    lengths = pc.list_value_length(ds.data.column('input_ids'))
+    return pc.sum(lengths).as_py() or 0
 
 # %% ../nbs/08_data.ipynb #c0062
+_CONTEXTS = ('max_position_embeddings', 'seq_length', 'max_seq_len')
+
 def _context(tokenizer, model, max_length):
-    "The longest input that is known to be safe, and who says so; None if nobody does"
+    "Who knows the longest safe input, and its length"
     cfg = getattr(model, 'config', model)
-    cfg = cfg.get_text_config() if hasattr(cfg, 'get_text_config') else cfg
-    said = {'max_length': max_length, 'tokenizer.model_max_length': getattr(tokenizer, 'model_max_length', None)}
-    said |= {f'model.config.{k}': getattr(cfg, k, None) for k in ('max_position_embeddings', 'seq_length', 'max_seq_len')}
-    said = {k: v for k, v in said.items() if isinstance(v, int) and 0 < v < 10**9}
-    return min(said.items(), key=lambda kv: kv[1]) if said else (None, None)
+    if hasattr(cfg, 'get_text_config'): cfg = cfg.get_text_config()
+    of_tokenizer = getattr(tokenizer, 'model_max_length', None)
+    said = {'max_length': max_length, 'tokenizer.model_max_length': of_tokenizer}
+    for name in _CONTEXTS:
+        said[f'model.config.{name}'] = getattr(cfg, name, None)
+    def is_sane(n): return isinstance(n, int) and 0 < n < 10**9
+    sane = {who: n for who, n in said.items() if is_sane(n)}
+    if not sane: return None, None
+    return min(sane.items(), key=lambda item: item[1])
 
 # %% ../nbs/08_data.ipynb #c0063
 def _block_size(block_size, tokenizer, model, max_length):
-    "`block_size` if it fits in the context; without one, the context, at most 512"
+    "`block_size` if it fits; without one, the context, at most 512"
     who, most = _context(tokenizer, model, max_length)
     if block_size is None: return min(512, most or 512)
-    if block_size < 2: raise ValueError(f"block_size={block_size}: a block needs at least 2 tokens, one to predict from")
+    if block_size < 2: raise ValueError(
+        f'block_size={block_size}: a block needs at least 2 tokens, '
+        'one to predict from')
     if most and block_size > most: raise ValueError(
-        f"block_size={block_size} is longer than the context: {who} is {most}. Use a block_size from 2 to {most}")
+        f'block_size={block_size} is longer than the context: '
+        f'{who} is {most}. Use a block_size from 2 to {most}')
     return block_size
 
 # %% ../nbs/08_data.ipynb #c0066
 def _docs(texts):
     "A list of strings as a data set"
-    return Dataset.from_dict(dict(text=texts), features=Features(text=Value('string')))
+    features = Features(text=Value('string'))
+    return Dataset.from_dict(dict(text=texts), features=features)
 
 # %% ../nbs/08_data.ipynb #c0067
 def _take(stream, tok, max_docs, max_tokens):
-    "The first documents of a stream: at most `max_docs`, and no more than are needed for `max_tokens`"
+    "The first documents of a stream, until a limit is met"
     if max_docs is not None: stream = stream.take(max_docs)
-    if max_tokens is None: return _docs([r['text'] for r in stream])
-    def count(b): return dict(text=b['text'], n=list(map(len, tok(b['text'], add_special_tokens=False, verbose=False)['input_ids'])))
-    docs, n, extra = [], 0, len(_start_of(tok)) + 1
-    for r in stream.map(count, batched=True, batch_size=64):
-        docs.append(r['text']); n += r['n'] + extra
+    if max_tokens is None: return _docs([row['text'] for row in stream])
+    around = len(_start_of(tok)) + 1
+    def count(batch):
+        ids = _ids(tok, batch['text'])
+        n = [len(row) + around for row in ids]
+        return dict(text=batch['text'], n=n)
+    docs = []
+    n = 0
+    for row in stream.map(count, batched=True, batch_size=64):
+        docs.append(row['text'])
+        n += row['n']
         if n >= max_tokens: break
     return _docs(docs)
 
 # %% ../nbs/08_data.ipynb #c0069
+_SPLITS = ('train', 'validation')
+
+def _is_name(text):
+    "Is this string a name for `load_text`, and not a text itself?"
+    if text in TEXTS: return True
+    if not text or '\n' in text or len(text) >= 1000: return False
+    return ' ' not in text or Path(text).exists()
+
+def _own_splits(texts, column):
+    "The splits that someone else has made"
+    if not set(_SPLITS) <= set(texts): raise ValueError(
+        "expected the splits 'train' and 'validation', "
+        f'got {sorted(texts)}; '
+        'pass one of them to have it divided')
+    return DatasetDict({split: _text_column(texts[split], column, split)
+                        for split in _SPLITS})
+
+# %% ../nbs/08_data.ipynb #c0140
+def _limited(ds, tok, column, max_docs, max_tokens):
+    "A data set or a stream, within its limits, as a data set"
+    is_stream = isinstance(ds, IterableDataset)
+    has_id = 'id' in (ds.column_names or [])
+    if not has_id: ds = _text_column(ds, column, 'texts')
+    if max_docs is None and max_tokens is None:
+        if not is_stream: return ds
+        max_tokens = 10_000_000
+    stream = ds if is_stream else ds.to_iterable_dataset()
+    return _take(stream, tok, max_docs, max_tokens)
+
 def _as_docs(texts, tok, max_docs, max_tokens, **kwargs):
-    "`texts`, whatever it is, as a data set of documents, or as a `DatasetDict` if it brings its own validation split"
+    "`texts`, whatever it is, as documents, or as splits of its own"
     column = kwargs.get('column')
     if isinstance(texts, (str, Path)):
-        s = str(texts)
-        named = s in TEXTS or '\n' not in s and len(s) < 1000 and (' ' not in s or Path(s).exists())
-        if s == 'wikitext-2' and 'split' not in kwargs:
-            return DatasetDict({k: load_text(s, k, **kwargs) for k in ('train', 'validation')})
-        texts, column = load_text(s, **kwargs) if s and named else [s], None     # `load_text` has renamed it
+        name = str(texts)
+        if name == 'wikitext-2' and 'split' not in kwargs:
+            parts = {k: load_text(name, k, **kwargs) for k in _SPLITS}
+            return DatasetDict(parts)
+        texts = load_text(name, **kwargs) if _is_name(name) else [name]
+        column = None   # `load_text` has renamed it
     if isinstance(texts, (list, tuple)): texts = _docs(list(texts))
-    if isinstance(texts, dict):
-        if not {'train', 'validation'} <= set(texts): raise ValueError(
-            f"expected the splits 'train' and 'validation', got {sorted(texts)}; pass one of them to have it divided")
-        return DatasetDict({k: _text_column(texts[k], column, k) for k in ('train', 'validation')})
+    if isinstance(texts, dict): return _own_splits(texts, column)
     if not isinstance(texts, (Dataset, IterableDataset)): raise TypeError(
-        f"texts: expected a name, a string, a list of strings or a Dataset, got {type(texts).__name__}")
-    if isinstance(texts, IterableDataset) and max_docs is None and max_tokens is None: max_tokens = 10_000_000
-    if 'id' not in (texts.column_names or []): texts = _text_column(texts, column, 'texts')
-    if max_docs is None and max_tokens is None: return texts
-    return _take(texts if isinstance(texts, IterableDataset) else texts.to_iterable_dataset(), tok, max_docs, max_tokens)
+        'texts: expected a name, a string, a list of strings '
+        f'or a Dataset, got {type(texts).__name__}')
+    return _limited(texts, tok, column, max_docs, max_tokens)
 
 # %% ../nbs/08_data.ipynb #c0070
+def _lengths(ds):
+    "Characters of each document; 0 for one of white space"
+    if not len(ds): return []
+    def length(text): return len(text) if (text or '').strip() else 0
+    def count(batch): return dict(n=list(map(length, batch['text'])))
+    features = Features(n=Value('int64'))
+    key = (ds._fingerprint,)
+    return _cached(ds, count, key, 'lengths', features=features)['n'][:]
+
 def _sides(texts, valid, seed):
-    "(documents, borders, lengths) for training and for validation, and a key for what they hold"
+    "(documents, borders, lengths) of both sides, and a key for them"
     both = list(texts.values()) if isinstance(texts, dict) else [texts]
-    key = [d._fingerprint for d in both]
-    lens = [_cached(d, lambda b: dict(n=[len(t) if (t or '').strip() else 0 for t in b['text']]), (k,), 'lengths',
-                    features=Features(n=Value('int64')))['n'][:] if len(d) else [] for d, k in zip(both, key)]
-    if not sum(map(sum, lens)): raise ValueError("empty text: no document holds anything but white space. Pass at least one")
-    if len(both) == 2: return [(both[0], lens[0], lens[0]), (both[1], [0]*len(lens[1]), lens[1])], [*key, 'own']
-    if not 0 < valid < 1: raise ValueError(f"valid={valid}: the share of the text that is held out lies between 0 and 1, as 0.1")
-    return [(both[0], _borders(both[0], lens[0], valid, seed), lens[0])]*2, [*key, valid, seed]
+    key = [ds._fingerprint for ds in both]
+    lens = [_lengths(ds) for ds in both]
+    if not sum(map(sum, lens)): raise ValueError(
+        'empty text: no document holds anything but white space. '
+        'Pass at least one')
+    if len(both) == 2:
+        train = both[0], lens[0], lens[0]
+        validation = both[1], [0]*len(lens[1]), lens[1]
+        return [train, validation], [*key, 'own']
+    if not 0 < valid < 1: raise ValueError(
+        f'valid={valid}: the share of the text that is held out '
+        'lies between 0 and 1, as 0.1')
+    borders = _borders(both[0], lens[0], valid, seed)
+    return [(both[0], borders, lens[0])]*2, [*key, valid, seed]
+
+# %% ../nbs/08_data.ipynb #c0072
+def _check_enough(split, n, block_size):
+    "Raise, unless a split fills a block"
+    share = 'larger' if split == 'validation' else 'smaller'
+    if n < block_size: raise ValueError(
+        f'too little text: the {split} split has {n} tokens, '
+        f'a block has {block_size}. Use more text, a smaller block_size or a {share} valid')
+
+def _blocks(split, sides, key, tok, block_size, dedup, verbose):
+    "One split of `lm_dataset`"
+    docs, borders, _ = sides[split == 'validation']
+    ints = List(Value('int64'))
+    tokens = _Tokens(tok, borders, sides[1], split == 'train', dedup)
+    ids = _cached(
+        docs, tokens, [split, key], 'tokens', with_indices=True,
+        batch_size=256, features=Features(input_ids=ints))
+    n = _n_tokens(ids)
+    _check_enough(split, n, block_size)
+    blocks = _cached(
+        ids.with_format('numpy'), _Packer(block_size),
+        [split, key, block_size], 'blocks',
+        features=Features(input_ids=ints, labels=ints))
+    if verbose:
+        without = dedup and split == 'train'
+        lost = tokens.dropped(docs['text']) if without else None
+        _tell(split, len(ids), n, len(blocks), block_size, lost)
+    return blocks.with_format('torch')
+
+# %% ../nbs/08_data.ipynb #c0147
+def _tell(split, n_docs, n, n_blocks, block_size, lost):
+    more = ''
+    if lost is not None: more = (
+        f'; {lost:,} characters left out: '
+        'they are also in the validation text')
+    over = n - n_blocks*block_size
+    print(f'{split:>10}: {n_docs:,} documents, {n:,} tokens, '
+          f'{n_blocks:,} blocks of {block_size}; {over} tokens left over{more}')
 
 # %% ../nbs/08_data.ipynb #c0071
 def lm_dataset(
-    texts,            # Dataset, list of documents, a string (one document), or a name for `load_text`
-    tokenizer,        # Any transformers tokenizer with an end-of-text token
-    block_size=None,  # Tokens in a block; by default the context, at most 512
-    valid=0.1,        # Share of the characters that is held out; unused where the text brings its own validation split
-    seed=42,          # Decides which documents are held out
-    model=None,       # Model or config: blocks may not be longer than its context
-    max_length=None,  # The same limit as a number
-    max_docs=None,    # Use no more than the first `max_docs` documents
-    max_tokens=None,  # Stop after the document in which this many tokens are reached; 10 million for a stream without `max_docs`
-    dedup=True,       # Take paragraphs that also stand in the validation text out of the training text?
-    verbose=False,    # Print what went where, and what was left over?
-    **kwargs          # To `load_text`, if `texts` is a name
-)->DatasetDict:       # `train` and `validation`: rows of `input_ids` and `labels`, torch tensors of `block_size`
-    "Documents packed into blocks of exactly `block_size` tokens, in a training and a validation split"
+    texts, # Dataset, list of documents, one string, or a name for `load_text`
+    tokenizer, # Any transformers tokenizer with an end-of-text token
+    block_size=None, # Tokens in a block; by default the context, at most 512
+    valid=0.1, # Share of characters held out, if the text has no split of its own
+    seed=42, # Decides which documents are held out
+    model=None, # Model or config: blocks may not be longer than its context
+    max_length=None, # The same limit as a number
+    max_docs=None, # Use no more than the first `max_docs` documents
+    max_tokens=None, # Stop after this many tokens; for a stream 10 million
+    dedup=True, # Take validation paragraphs out of the training text?
+    verbose=False, # Print what went where, and what was left over?
+    **kwargs # To `load_text`, if `texts` is a name
+)->DatasetDict: # `train` and `validation`: tensors `input_ids` and `labels`
+    "Documents packed into blocks of one size, in two splits"
     if tokenizer.eos_token_id is None: raise ValueError(
-        f"{type(tokenizer).__name__} has no end-of-text token to put between documents. Name one that is in its vocabulary: "
-        "tokenizer.eos_token = '</s>' (then train with it), or load a tokenizer that has one")
+        f'{type(tokenizer).__name__} has no end-of-text token '
+        'to put between documents. '
+        "Name one that is in its vocabulary: tokenizer.eos_token = '</s>' "
+        '(then train with it), or load a tokenizer that has one')
     block_size = _block_size(block_size, tokenizer, model, max_length)
-    sides, key = _sides(_as_docs(texts, tokenizer, max_docs, max_tokens, **kwargs), valid, seed)
-    return DatasetDict({k: _blocks(k, sides, [*key, dedup, _tok_key(tokenizer)], tokenizer, block_size, dedup, verbose)
-                        for k in ('train', 'validation')})
-
-# %% ../nbs/08_data.ipynb #c0072
-def _blocks(split, sides, key, tok, block_size, dedup, verbose):
-    "One split of `lm_dataset`"
-    docs, borders, lens = sides[split == 'validation']
-    ints = List(Value('int64'))
-    f = _Tokens(tok, borders, sides[1], split == 'train', dedup)
-    ids = _cached(docs, f, [split, key], 'tokens', with_indices=True, batch_size=256, features=Features(input_ids=ints))
-    if (n := _n_tokens(ids)) < block_size: raise ValueError(
-        f"too little text: the {split} split has {n} tokens, a block has {block_size}. Use more text, a smaller block_size" +
-        (" or a larger valid" if split == 'validation' else " or a smaller valid"))
-    ds = _cached(ids.with_format('numpy'), _Packer(block_size), [split, key, block_size], 'blocks',
-                 features=Features(input_ids=ints, labels=ints))
-    if verbose:
-        print(f"{split:>10}: {len(ids):,} documents, {n:,} tokens, {len(ds):,} blocks of {block_size}; "
-              f"{n - len(ds)*block_size} tokens left over" +
-              (f"; {f.dropped(docs['text']):,} characters left out: they are also in the validation text" if dedup and split == 'train' else ''))
-    return ds.with_format('torch')
+    docs = _as_docs(texts, tokenizer, max_docs, max_tokens, **kwargs)
+    sides, key = _sides(docs, valid, seed)
+    key += [dedup, _tok_key(tokenizer)]
+    return DatasetDict({
+        split: _blocks(split, sides, key, tokenizer, block_size, dedup, verbose)
+        for split in _SPLITS})

@@ -15,115 +15,178 @@ from .heads import UnsupportedArchitecture, base_model, check_decoder
 from .gates import GateConfig, adapt
 
 # %% ../nbs/07_loaders.ipynb #c0006
-_MODELS = Path(__file__ if '__file__' in globals() else 'x').resolve().parent/'models'
+_HERE = Path(__file__ if '__file__' in globals() else 'x').resolve().parent
+_MODELS = _HERE/'models'
 EMBEDDED = ('tiny-gpt2', 'tiny-opt', 'tiny-bloom', 'tiny-gpt_neox', 'tiny-llama')
 
+def _near(path):
+    "What stands in the last folder of a path that exists."
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    if folder is None: return ''
+    names = [x.name for x in folder.iterdir()]
+    near = difflib.get_close_matches(path.name, names, 2)
+    if not near: return ''
+    return f'; did you mean {" or ".join(str(folder/name) for name in near)}?'
+
 # %% ../nbs/07_loaders.ipynb #c0009
+def _check_folder(path, name):
+    "Refuse a folder without a config, with a look at what it holds."
+    if (path/'config.json').is_file(): return
+    held = sorted(x.name for x in path.iterdir())[:6] or 'nothing'
+    raise FileNotFoundError(
+        f'{name} is a folder without config.json, '
+        f'so no model of transformers; it holds {held}')
+
+def _is_path(name): return name[0] in './~\\' or name.count('/') > 1
+
+# %% ../nbs/07_loaders.ipynb #c0035
 def resolve(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
 ) -> tuple: # Name for `from_pretrained`, and its keyword arguments
-    "Where a name leads. Raises `FileNotFoundError` for a file or folder that isn't there; asks no network."
+    "Where a name leads; `FileNotFoundError` if nowhere. Asks no network."
     name = os.fspath(model_name)
-    if not name: raise ValueError(f'model_name is empty; give one of {EMBEDDED}, a folder, a .gguf file or a hub name')
+    if not name: raise ValueError(
+        f'model_name is empty; give one of {EMBEDDED}, '
+        'a folder, a .gguf file or a hub name')
     if name in EMBEDDED: return str(_MODELS/name), {}
-    p = Path(name).expanduser()
-    if p.suffix == '.gguf':
-        if not p.is_file(): raise FileNotFoundError(f'{name}: no such GGUF file' + _near(p))
-        return str(p.parent), dict(gguf_file=p.name)
-    settle(p)                                             # a save may have been cut off there
-    if p.is_dir():
-        if not (p/'config.json').is_file(): raise FileNotFoundError(
-            f'{name} is a folder without config.json, so no model of transformers; it holds {sorted(x.name for x in p.iterdir())[:6] or "nothing"}')
-        return str(p), {}
-    if p.exists(): raise ValueError(f'{name} is a file, but not a .gguf one; give the folder that holds config.json')
-    if name[0] in './~\\' or name.count('/') > 1: raise FileNotFoundError(f'{name}: no such folder' + _near(p))
+    path = Path(name).expanduser()
+    if path.suffix == '.gguf':
+        if not path.is_file():
+            raise FileNotFoundError(f'{name}: no such GGUF file' + _near(path))
+        return str(path.parent), dict(gguf_file=path.name)
+    settle(path)
+    if path.is_dir():
+        _check_folder(path, name)
+        return str(path), {}
+    if path.exists(): raise ValueError(
+        f'{name} is a file, but not a .gguf one; '
+        'give the folder that holds config.json')
+    if _is_path(name):
+        raise FileNotFoundError(f'{name}: no such folder' + _near(path))
     return name, {}
 
-def _near(p):
-    "What stands in the last folder of a path that exists."
-    q = next((q for q in p.parents if q.is_dir()), None)
-    near = difflib.get_close_matches(p.name, [x.name for x in q.iterdir()], 2) if q else []
-    return f'; did you mean {" or ".join(str(q/n) for n in near)}?' if near else ''
-
 # %% ../nbs/07_loaders.ipynb #c0012
-_NO_NETWORK = {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectError', 'ConnectTimeout'}
+_NO_NETWORK = {
+    'OfflineModeIsEnabled', 'LocalEntryNotFoundError',
+    'ConnectError', 'ConnectTimeout'}
+_UNREACHED = "couldn't connect|offline mode|cannot be reached"
 
+def _chain(e):
+    "An exception and those that led to it."
+    chain = []
+    while e is not None and e not in chain:
+        chain.append(e)
+        e = e.__cause__ or e.__context__
+    return chain
+
+def _unknown(name):
+    "The error for a name that the Hub doesn't know."
+    near = difflib.get_close_matches(name, EMBEDDED, 1)
+    tip = f'offline there are {", ".join(EMBEDDED)}'
+    if near: tip = f'did you mean {near[0]!r}?'
+    return FileNotFoundError(
+        f'{name}: no such model on the Hub and no such folder; {tip}')
+
+# %% ../nbs/07_loaders.ipynb #c0038
+def _explained(name, e):
+    "The error that names the cause and the way out, or None."
+    chain = _chain(e)
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    text = ' '.join(map(str, chain)).lower()
+    codes = {getattr(link, 'errno', None) for link in chain}
+    if errno.ENOSPC in codes: return OSError(
+        errno.ENOSPC, f'{name}: the disk is full; '
+        'free some space or point HF_HOME at another disk')
+    if 'SafetensorError' in kinds: return OSError(
+        f'{name}: a weight file is damaged or cut off ({chain[-1]}); '
+        'copy or download it again')
+    if 'GatedRepoError' in kinds: return PermissionError(
+        f'{name} is a gated model of the Hub: accept its terms there '
+        'and log in with `hf auth login`')
+    if kinds & {'RepositoryNotFoundError', 'HFValidationError'}: return _unknown(name)
+    if kinds & _NO_NETWORK or re.search(_UNREACHED, text): return ConnectionError(
+        f'{name} is not on this machine and the Hub cannot be reached. '
+        'Check the network (and HF_HUB_OFFLINE), give a local folder, '
+        f'or use an embedded model: {", ".join(EMBEDDED)}')
+    if 'ImportError' in kinds and 'gguf' in text: return ImportError(
+        'reading a GGUF file needs the package gguf: '
+        "pip install 'sentinel-ai[gguf]'")
+    return None
+
+# %% ../nbs/07_loaders.ipynb #c0041
 @contextmanager
 def explain(
     name:str, # The name as the user gave it
 ):
-    "Turn what goes wrong while loading into an error that names the cause and the way out."
+    "Turn what goes wrong while loading into an error that says what to do."
     try: yield
     except UnsupportedArchitecture: raise
     except Exception as e:
-        chain, c = [], e
-        while c is not None and c not in chain: chain.append(c); c = c.__cause__ or c.__context__
-        kinds, text = {k.__name__ for c in chain for k in type(c).__mro__}, ' '.join(map(str, chain))
-        if any(getattr(c, 'errno', None) == errno.ENOSPC for c in chain):
-            raise OSError(errno.ENOSPC, f'{name}: the disk is full; free some space or point HF_HOME at another disk') from e
-        if 'SafetensorError' in kinds:
-            raise OSError(f'{name}: a weight file is damaged or cut off ({chain[-1]}); copy or download it again') from e
-        if 'GatedRepoError' in kinds:
-            raise PermissionError(f'{name} is a gated model of the Hub: accept its terms there and log in with `hf auth login`') from e
-        if kinds & {'RepositoryNotFoundError', 'HFValidationError'}:
-            near = difflib.get_close_matches(name, EMBEDDED, 1)
-            tip = f'did you mean {near[0]!r}?' if near else f'offline there are {", ".join(EMBEDDED)}'
-            raise FileNotFoundError(f'{name}: no such model on the Hub and no such folder; {tip}') from e
-        if kinds & _NO_NETWORK or re.search("couldn't connect|offline mode|cannot be reached", text.lower()):
-            raise ConnectionError(f'{name} is not on this machine and the Hub cannot be reached. Check the network (and HF_HUB_OFFLINE), '
-                                  f'give a local folder, or use an embedded model: {", ".join(EMBEDDED)}') from e
-        if 'ImportError' in kinds and 'gguf' in text.lower():
-            raise ImportError("reading a GGUF file needs the package gguf: pip install 'sentinel-ai[gguf]'") from e
-        raise
+        better = _explained(name, e)
+        if better is None: raise
+        raise better from e
+
+# %% ../nbs/07_loaders.ipynb #c0042
+def _check_config(cfg, name):
+    "Refuse encoders before any weight is read."
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(cfg) in MODEL_FOR_CAUSAL_LM_MAPPING.keys(): return
+    if getattr(cfg, 'auto_map', None): return
+    raise UnsupportedArchitecture(
+        f'{name} is not a causal decoder: transformers has no causal '
+        f'language-model head for {type(cfg).__name__} ({cfg.model_type})')
+
+def _forget_quantization(model):
+    "A model read from GGUF holds plain floats: drop the note that forbids saving it."
+    if hasattr(model.config, 'quantization_config'):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
 
 # %% ../nbs/07_loaders.ipynb #c0016
+_WHERE = (
+    'revision', 'token', 'cache_dir', 'trust_remote_code',
+    'subfolder', 'local_files_only')
+
 def load_baseline_model(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
-    device:str|torch.device|None=None, # Where to put it; None leaves that to transformers (and `device_map`)
-    **kwargs, # For `from_pretrained`: `dtype`, `device_map`, `revision`, `attn_implementation`, …
+    device:str|torch.device|None=None, # Where to put it; None: as transformers does
+    **kwargs, # For `from_pretrained`: `dtype`, `device_map`, `revision`, …
 ) -> nn.Module: # In eval mode
     "A plain causal decoder of transformers."
     from transformers import AutoConfig, AutoModelForCausalLM
-    if device is not None and 'device_map' in kwargs:
-        raise ValueError(f'both device={device!r} and device_map={kwargs["device_map"]!r} are given; give one')
+    if device is not None and 'device_map' in kwargs: raise ValueError(
+        f'both device={device!r} and device_map={kwargs["device_map"]!r} '
+        'are given; give one')
     path, extra = resolve(model_name)
-    if model_name in EMBEDDED: kwargs.setdefault('dtype', torch.float32)   # they are stored in half precision
+    if model_name in EMBEDDED: kwargs.setdefault('dtype', torch.float32)
+    where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     with explain(os.fspath(model_name)):
-        hub = {k: kwargs[k] for k in ('revision', 'token', 'cache_dir', 'trust_remote_code', 'subfolder', 'local_files_only') if k in kwargs}
-        cfg = kwargs.get('config') or AutoConfig.from_pretrained(path, **hub, **extra)
+        cfg = kwargs.get('config')
+        if not cfg: cfg = AutoConfig.from_pretrained(path, **where, **extra)
         _check_config(cfg, model_name)
         model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
     if extra: _forget_quantization(model)
     check_decoder(model)
     return model if device is None else model.to(device)
 
-def _check_config(cfg, name):
-    "Refuse encoders before any weight is read."
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(cfg) not in MODEL_FOR_CAUSAL_LM_MAPPING.keys() and not getattr(cfg, 'auto_map', None): raise UnsupportedArchitecture(
-        f'{name} is not a causal decoder: transformers has no causal language-model head for {type(cfg).__name__} ({cfg.model_type})')
-
-def _forget_quantization(model):
-    "A model read from GGUF holds plain floats; drop the note that says otherwise, which would forbid saving it."
-    if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-
 # %% ../nbs/07_loaders.ipynb #c0018
 def load_adaptive_model(
-    model_name:str|os.PathLike, # Embedded name, folder (plain or saved from an adaptive model), GGUF file or hub name
-    baseline_model:nn.Module|None=None, # Adapt a copy of this one instead of loading; it stays as it is
-    device:str|torch.device|None=None, # Where to put it; None leaves it where it is loaded
-    config:GateConfig|None=None, # How gates behave; default what was saved with the model, else static gates at 1
+    model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
+    baseline_model:nn.Module|None=None, # Adapt a copy of this one instead
+    device:str|torch.device|None=None, # Where to put it; None: where it is loaded
+    config:GateConfig|None=None, # How gates behave; default as saved, else static at 1
     share:bool=False, # With `baseline_model`: adapt it in place, without a copy
     **kwargs, # For `from_pretrained`
 ) -> nn.Module: # In eval mode
-    "A decoder with a gate on every head. Gates that were saved with the model are restored."
-    if share and baseline_model is None: raise ValueError('share=True needs a baseline_model to adapt in place')
-    if baseline_model is not None:
-        check_decoder(base_model(baseline_model))
-        model = baseline_model if share else copy.deepcopy(baseline_model)
-        return adapt(model if device is None else model.to(device), config)
-    return adapt(load_baseline_model(model_name, device, **kwargs), config)   # one saved with gates or a plan is adaptive as loaded
+    "A decoder with a gate on every head. Gates saved with the model are restored."
+    if share and baseline_model is None: raise ValueError(
+        'share=True needs a baseline_model to adapt in place')
+    if baseline_model is None:
+        return adapt(load_baseline_model(model_name, device, **kwargs), config)
+    check_decoder(base_model(baseline_model))
+    model = baseline_model if share else copy.deepcopy(baseline_model)
+    return adapt(model if device is None else model.to(device), config)
 
 # %% ../nbs/07_loaders.ipynb #c0019
 def load_tokenizer(
@@ -133,4 +196,5 @@ def load_tokenizer(
     "The tokenizer that belongs to a model."
     from transformers import AutoTokenizer
     path, extra = resolve(model_name)
-    with explain(os.fspath(model_name)): return AutoTokenizer.from_pretrained(path, **extra, **kwargs)
+    with explain(os.fspath(model_name)):
+        return AutoTokenizer.from_pretrained(path, **extra, **kwargs)
