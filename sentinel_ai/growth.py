@@ -379,8 +379,8 @@ def _drop(m, old, notes, optimizer):
         if b is not s: sites[l] = _drop_layer(m, b, s, names, optimizer)
     state.plan = _old_plan(state.plan, old)
     now = replace(old, sites=sites, n_params=model_size(m))
-    state.built = replace(state.built.heads, heads=old)
-    state.now = replace(state.now.heads, heads=now)
+    state.built = replace(state.built, heads=old)
+    state.now = replace(state.now, heads=now)
     if state.plan.whole:
         old.n_params = model_size(m)
         all_back(m)

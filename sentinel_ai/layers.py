@@ -255,13 +255,13 @@ def _moved_map(m, found, key, order):
 
 def _renumber_sites(m, key, order):
     state = m.sentinel
-    was_compact = state.now.heads is not state.built.heads
+    was_compact = state.now is not state.built
     def moved(sites):
         heads = _moved_map(m, sites.heads, key, order)
         channels = _moved_map(m, sites.channels, key, order)
         return replace(sites, heads=heads, channels=channels)
-    now = moved(state.now.heads)
-    state.built = moved(state.built.heads) if was_compact else now
+    now = moved(state.now)
+    state.built = moved(state.built) if was_compact else now
     state.now = now
 
 # %% ../nbs/04d_layers.ipynb #c0046
