@@ -206,6 +206,19 @@ def read_log(
     if bad: warnings.warn(f'{path}: line {numbers} is not whole and was left out')
     return events
 
+# %% ../nbs/05_agency.ipynb #c0053
+@patch
+def snapshot(self:Agency):
+    "What `rollback` needs. Tables are never written in place, so references are enough."
+    return dict(vars(self)), list(self.events)
+
+@patch
+def rollback(self:Agency, held):
+    "Go back to what `snapshot` saw; lines of a log file are kept."
+    fields, events = held
+    vars(self).update(fields)
+    self.events[:] = events
+
 # %% ../nbs/05_agency.ipynb #c0034
 def _usable(m):
     "Raise unless factors would have an effect."
@@ -370,19 +383,6 @@ def attach(self:Agency,
         m.sentinel.agency = self
         self.sync()
     return model
-
-# %% ../nbs/05_agency.ipynb #c0053
-@patch
-def snapshot(self:Agency):
-    "What `rollback` needs. Tables are never written in place, so references are enough."
-    return dict(vars(self)), list(self.events)
-
-@patch
-def rollback(self:Agency, held):
-    "Go back to what `snapshot` saw; lines of a log file are kept."
-    fields, events = held
-    vars(self).update(fields)
-    self.events[:] = events
 
 # %% ../nbs/05_agency.ipynb #c0054
 @patch
