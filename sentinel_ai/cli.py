@@ -29,12 +29,13 @@ from .gates import adapt, gate_values, set_gates, unadapt
 from .surgery import compact, expand, model_size
 from .choose import closed_cost, units_of
 from .pruning import prune
-from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
+from .loaders import EMBEDDED, load_adaptive_model
+from .loaders import load_baseline_model, load_tokenizer
 from .data import TEXTS, lm_dataset, load_text
-from .train import GateRun, TrainResult, check_one_process, n_steps, open_heads
-from .train import train_gates
-from .viz import open_channels, open_gates, plot_gates_over_time, plot_loss
-from .viz import plot_units
+from .train import GateRun, TrainResult, check_one_process
+from .train import n_steps, open_heads, train_gates
+from .viz import open_channels, open_gates
+from .viz import plot_gates_over_time, plot_loss, plot_units
 from .report import report as html_report
 
 # %% ../nbs/12_cli.ipynb #c0102
@@ -55,7 +56,7 @@ class Parser(HfArgumentParser):
 
     def parse(self,
         argv:list|None=None, # Arguments; default those of the process
-    ) -> tuple: # One object a dataclass, then a namespace if there are positional arguments
+    ) -> tuple: # One object a dataclass, then a namespace if there is one
         "Parse, check, and end the process with code 2 when something is wrong."
         try: *res, rest = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False)
@@ -65,7 +66,7 @@ class Parser(HfArgumentParser):
 
 # %% ../nbs/12_cli.ipynb #c0104
 def opt(default, help:str, **kwargs):
-    "A field of an options dataclass; a callable `default` is asked at the time of parsing."
+    "A field of an options dataclass; a callable `default` is asked late."
     metadata = dict(help=help) | kwargs
     if callable(default): return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -97,11 +98,12 @@ def interruptible(f):
             return 0
     return wrapped
 
-# %% ../nbs/12_cli.ipynb #c0108
+# %% ../nbs/12_cli.ipynb #c0109
 def _devices():
     "Kinds of devices that this machine has"
     kinds = ('cuda', 'mps', 'xpu')
-    return ['cpu', *(k for k in kinds if hasattr(torch, k) and getattr(torch, k).is_available())]
+    known = [k for k in kinds if hasattr(torch, k)]
+    return ['cpu', *(k for k in known if getattr(torch, k).is_available())]
 
 def _kind_of(device):
     "The kind of a device; None for a name that torch doesn't know"
@@ -116,7 +118,7 @@ def _check_place(o):
     types = ('auto', 'float32', 'bfloat16', 'float16')
     need(o, o.dtype in (None, *types), 'dtype', 'auto, float32, bfloat16 or float16')
 
-# %% ../nbs/12_cli.ipynb #c0110
+# %% ../nbs/12_cli.ipynb #c0112
 def load(
     name:str, # Embedded name, folder, GGUF file, hub name or `random:<model_type>`
     adaptive:bool=True, # With gates?
@@ -125,7 +127,8 @@ def load(
 ) -> tuple: # Model and tokenizer; the tokenizer is None for a random model
     "Load what a command line names."
     kw = {}
-    if dtype is not None: kw['dtype'] = dtype if dtype == 'auto' else getattr(torch, dtype)
+    if dtype == 'auto': kw['dtype'] = dtype
+    elif dtype is not None: kw['dtype'] = getattr(torch, dtype)
     if not name.startswith('random:'):
         loader = load_adaptive_model if adaptive else load_baseline_model
         return loader(name, device=device, **kw), load_tokenizer(name)
@@ -138,7 +141,7 @@ def _quiet():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-# %% ../nbs/12_cli.ipynb #c0111
+# %% ../nbs/12_cli.ipynb #c0113
 _DEFAULT = 'tiny-llama'   # grouped queries, as in most models of today
 _MODEL = ('embedded name, folder, GGUF file or hub name; '
           f'without it $MODEL_NAME, or else {_DEFAULT}')
@@ -147,31 +150,41 @@ def default_model() -> str: # Name of a model
     "What `MODEL_NAME` says, or else an embedded model."
     return os.environ.get('MODEL_NAME') or _DEFAULT
 
-# %% ../nbs/12_cli.ipynb #c0114
+# %% ../nbs/12_cli.ipynb #c0116
 @dataclass
 class GenerateOptions:
-    "Options of `sentinel-generate`; those of sampling mean what they mean in `generate`."
+    "Options of `sentinel-generate`; most are those of `generate`."
     model: str = opt(default_model, _MODEL)
-    prompt: str|None = opt(None, 'text to continue, also without --prompt in front; '
-                           '- reads it from standard input')
-    max_new_tokens: int = opt(100, 'how many tokens to add at most', aliases=['--tokens'])
-    do_sample: bool|None = opt(None, 'draw tokens instead of taking the likeliest; on when '
-                               'temperature, top_k or top_p is given', nargs='?', const=True)
-    temperature: float|None = opt(None, 'above 0; below 1 is safer, above 1 is wilder')
-    top_k: int|None = opt(None, 'draw from the k likeliest tokens; 0 for all')
-    top_p: float|None = opt(None, 'draw from the likeliest tokens that hold this share '
-                            'of the probability')
-    num_beams: int = opt(1, 'width of the beam search, up to 256; '
-                         'with more than 1 the text appears at the end', aliases=['--beams'])
-    seed: int|None = opt(None, 'seed for drawing; default a new one each time')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    prompt: str|None = opt(None,
+        'text to continue, also without --prompt in front; '
+        '- reads it from standard input')
+    max_new_tokens: int = opt(100,
+        'how many tokens to add at most', aliases=['--tokens'])
+    do_sample: bool|None = opt(None,
+        'draw tokens instead of taking the likeliest; on when '
+        'temperature, top_k or top_p is given', nargs='?', const=True)
+    temperature: float|None = opt(None,
+        'above 0; below 1 is safer, above 1 is wilder')
+    top_k: int|None = opt(None,
+        'draw from the k likeliest tokens; 0 for all')
+    top_p: float|None = opt(None,
+        'draw from the likeliest tokens that hold this share '
+        'of the probability')
+    num_beams: int = opt(1,
+        'width of the beam search, up to 256; '
+        'with more than 1 the text appears at the end', aliases=['--beams'])
+    seed: int|None = opt(None,
+        'seed for drawing; default a new one each time')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
         _check_sampling(self)
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0115
+# %% ../nbs/12_cli.ipynb #c0118
 _DRAWING = ('temperature', 'top_k', 'top_p')
 
 def _check_sampling(o):
@@ -189,7 +202,7 @@ def _check_sampling(o):
         f'--{drawn[0]} has no effect with --do_sample false; leave one of them out')
     if o.do_sample is None: o.do_sample = bool(drawn)
 
-# %% ../nbs/12_cli.ipynb #c0118
+# %% ../nbs/12_cli.ipynb #c0121
 def _check_context(model, n, o):
     "Raise `ValueError` unless the prompt and what is to come fit into the context"
     config = model.config.get_text_config()
@@ -197,8 +210,9 @@ def _check_context(model, n, o):
     if not most or n + o.max_new_tokens <= most: return
     way = 'shorten the prompt'
     if n < most: way = f'use at most --max_new_tokens {most-n}'
-    raise ValueError(f'the prompt has {n} tokens and --max_new_tokens is {o.max_new_tokens}, '
-                     f'but the context of {o.model} is {most}; {way}')
+    raise ValueError(
+        f'the prompt has {n} tokens and --max_new_tokens is '
+        f'{o.max_new_tokens}, but the context of {o.model} is {most}; {way}')
 
 def _encode(model, tok, o):
     "Token ids of the prompt"
@@ -208,7 +222,8 @@ def _encode(model, tok, o):
     ids = tok(o.prompt, return_tensors='pt').input_ids
     if not ids.numel():
         if tok.bos_token_id is None: raise ValueError(
-            'the prompt is empty and the tokenizer has no token to start with; give a --prompt')
+            'the prompt is empty and the tokenizer has no token '
+            'to start with; give a --prompt')
         ids = torch.tensor([[tok.bos_token_id]])
     _check_context(model, ids.shape[1], o)
     return ids.to(model.device)
@@ -221,20 +236,22 @@ def _prompt(o, words, parser):
     if o.prompt is None: return 'The'
     return sys.stdin.read() if o.prompt == '-' else o.prompt
 
-# %% ../nbs/12_cli.ipynb #c0121
+# %% ../nbs/12_cli.ipynb #c0124
 def _generate(model, tok, ids, o):
     "Generate and print. Gives how many tokens were added"
     names = ('max_new_tokens', 'do_sample', 'num_beams', *_DRAWING)
     how = {name: getattr(o, name) for name in names}
     how = {name: value for name, value in how.items() if value is not None}
     streamer = None
-    if o.num_beams == 1: streamer = transformers.TextStreamer(tok, skip_special_tokens=True)
+    if o.num_beams == 1:
+        streamer = transformers.TextStreamer(tok, skip_special_tokens=True)
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     out = model.generate(ids, attention_mask=torch.ones_like(ids),
                          streamer=streamer, pad_token_id=pad, **how)
     if streamer is None: print(tok.decode(out[0], skip_special_tokens=True))
     return out.shape[1] - ids.shape[1]
 
+# %% ../nbs/12_cli.ipynb #c0125
 @interruptible
 def generate_cli(
     argv:list|None=None, # Arguments; default those of the process
@@ -254,10 +271,11 @@ def generate_cli(
     start = time.perf_counter()
     n = _generate(model, tok, ids, o)
     sec = time.perf_counter() - start
-    print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second', file=sys.stderr)
+    print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second',
+          file=sys.stderr)
     return 0
 
-# %% ../nbs/12_cli.ipynb #c0124
+# %% ../nbs/12_cli.ipynb #c0128
 def _sign(value):
     "One gate as a character"
     if value != value: return ' '
@@ -268,16 +286,17 @@ def gate_grid(
     values:Float[Tensor, 'l h'], # Gates, NaN where there is no head
     exists=None, # `[l, h]`: where the model was built with a head
 ) -> str: # One line a layer
-    "Gates as text: ● open, ○ closed, a digit for tenths, × cut out, blank for no head."
+    "Gates as text: ● open, ○ closed, digits tenths, × cut out."
     lines, wide = [], len(str(len(values) - 1))
     for layer, row in enumerate(values.tolist()):
         signs = [_sign(v) for v in row]
         if exists is not None:
-            signs = ['×' if s == ' ' and e else s for s, e in zip(signs, exists[layer])]
+            there = zip(signs, exists[layer])
+            signs = ['×' if s == ' ' and e else s for s, e in there]
         lines.append(f'{layer:>{wide}}  ' + ' '.join(signs))
     return '\n'.join(lines)
 
-# %% ../nbs/12_cli.ipynb #c0128
+# %% ../nbs/12_cli.ipynb #c0132
 def spans(
     numbers:list, # Rising
     most:int=4, # Ranges that are written out
@@ -291,10 +310,10 @@ def spans(
     return ', '.join(words + ['…'] if len(runs) > most else words)
 
 def channel_lines(
-    values:Float[Tensor, 'l c'], # Gates in the numbering as built, NaN where there is none
+    values:Float[Tensor, 'l c'], # Gates, in the numbering as built
     exists, # `[l, c]`: where the model was built with a channel
 ) -> list: # Lines
-    "What is open, closed and cut out of each layer's channels; alike layers share a line."
+    "What is open, closed and cut out of each layer's channels."
     lines = []
     for layer, (row, there) in enumerate(zip(values, exists)):
         closed = (row == 0).nonzero().flatten().tolist()
@@ -306,13 +325,13 @@ def channel_lines(
         else: lines.append(([layer], text))
     return [f'{spans(layers)}  {text}' for layers, text in lines]
 
-# %% ../nbs/12_cli.ipynb #c0131
+# %% ../nbs/12_cli.ipynb #c0135
 def _embeddings(model):
     "Parameters of embeddings and of the language-model head, each once"
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables += [model.get_input_embeddings(), model.get_output_embeddings()]
-    params = {id(p): p.numel() for m in tables if m is not None for p in m.parameters()}
-    return sum(params.values())
+    found = [p for m in tables if m is not None for p in m.parameters()]
+    return sum({id(p): p.numel() for p in found}.values())
 
 def sites_now(
     model:nn.Module, # An adapted model, compact or not
@@ -333,24 +352,30 @@ def _memory(model):
     types = sorted({str(p.dtype).removeprefix('torch.') for p in others})
     size = sum(p.numel()*p.element_size() for p in params.values())
     gates = sum(p.numel() for p in mine.values())
-    return (f'{model_size(model):,} parameters ({", ".join(types)}, {size/2**20:,.1f} MiB), '
+    what = f'{", ".join(types)}, {size/2**20:,.1f} MiB'
+    return (f'{model_size(model):,} parameters ({what}), '
             f'and {gates:,} for the gates')
 
-# %% ../nbs/12_cli.ipynb #c0133
+# %% ../nbs/12_cli.ipynb #c0138
 @dataclass
 class InspectOptions:
     "Options of `sentinel-inspect`."
-    plot: str|None = opt(None, 'also draw the gates of heads and channels into this file '
-                         '(.png, .pdf or .svg)')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    plot: str|None = opt(None,
+        'also draw the gates of heads and channels into this file '
+        '(.png, .pdf or .svg)')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
         _check_place(self)
-        is_picture = self.plot is None or self.plot.endswith(('.png', '.pdf', '.svg'))
-        need(self, is_picture, 'plot', 'a file name that ends in .png, .pdf or .svg')
+        kinds = ('.png', '.pdf', '.svg')
+        is_picture = self.plot is None or self.plot.endswith(kinds)
+        need(self, is_picture, 'plot',
+             'a file name that ends in .png, .pdf or .svg')
 
-# %% ../nbs/12_cli.ipynb #c0134
+# %% ../nbs/12_cli.ipynb #c0139
 def _save_plot(ax, path):
     "One picture into one file, which is whole or not there"
     with whole(Path(path)) as tmp:
@@ -363,18 +388,21 @@ def _inspected(model):
     "What there is to say about a model, in paragraphs"
     state, found = model.sentinel, sites_now(model)
     heads, plan = open_gates(model), state.plan
-    yield from filter(None, (repr(found.heads), found.channels and repr(found.channels)))
+    yield repr(found.heads)
+    if found.channels is not None: yield repr(found.channels)
     yield f'{found}\n{_memory(model)}'
     yield (f'heads by layer, {_count(heads)} of {sum(plan.built)} open '
-           f'(● open, ○ closed, × cut out, digits tenths):\n{gate_grid(heads, plan.exists)}')
+           '(● open, ○ closed, × cut out, digits tenths):\n'
+           f'{gate_grid(heads, plan.exists)}')
     if plan.channels is not None:
         c = plan.channels
         gates = open_channels(model)
         lines = '\n'.join(channel_lines(gates, c.exists))
-        yield f'channels by layer, {_count(gates):,} of {sum(c.built):,} open:\n{lines}'
+        n = sum(c.built)
+        yield f'channels by layer, {_count(gates):,} of {n:,} open:\n{lines}'
     if not plan.whole: yield f'what was cut out:\n{plan}'
 
-# %% ../nbs/12_cli.ipynb #c0136
+# %% ../nbs/12_cli.ipynb #c0142
 @interruptible
 def inspect_cli(
     argv:list|None=None, # Arguments; default those of the process
@@ -396,7 +424,7 @@ def inspect_cli(
     print('\n\n'.join([title, *_inspected(model)]))
     return 0
 
-# %% ../nbs/12_cli.ipynb #c0139
+# %% ../nbs/12_cli.ipynb #c0145
 def spread(
     model:nn.Module, # An adapted model
     kind:str='heads', # 'heads' or 'channels'
@@ -407,13 +435,16 @@ def spread(
             for unit in range(site.n) if (unit + i) % 4 == 0}
 
 def _columns(units, found):
-    "For each layer, its site and the columns of its projection that belong to these units"
+    "Each layer's site, and the columns of its projection for these units"
     res = {}
     for layer, unit in units:
         site = found[layer]
-        res.setdefault(layer, (site, []))[1].extend(range(site.width*unit, site.width*(unit + 1)))
+        first = site.width*unit
+        _, columns = res.setdefault(layer, (site, []))
+        columns.extend(range(first, first + site.width))
     return res.values()
 
+# %% ../nbs/12_cli.ipynb #c0147
 @contextmanager
 def zeroed(
     model:nn.Module, # A plain model
@@ -427,12 +458,13 @@ def zeroed(
         for site, columns in places:
             w = core_linear(site.out).weight
             kept.append((w, w.detach().clone()))
-            w.index_fill_(in_dim(site.out), torch.tensor(columns, device=w.device), 0.)
+            idx = torch.tensor(columns, device=w.device)
+            w.index_fill_(in_dim(site.out), idx, 0.)
         try: yield model
         finally:
             for w, old in reversed(kept): w.copy_(old)
 
-# %% ../nbs/12_cli.ipynb #c0142
+# %% ../nbs/12_cli.ipynb #c0150
 def _same(a, b):
     "Bit for bit the same"
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -444,6 +476,7 @@ def _near(a, b):
     a, b = a.float(), b.float()
     return bool((a - b).abs().max() <= share*a.abs().max())
 
+# %% ../nbs/12_cli.ipynb #c0153
 @torch.no_grad()
 def causal(
     model:nn.Module, # Any decoder
@@ -454,13 +487,14 @@ def causal(
     t, other = n*2//3, ids.clone()
     has_kinds = len(ids[0, t:].unique()) > 2
     other[:, t:] = ids[:, t:].flip(1).roll(1, 1) if has_kinds else ids[:, :n - t]
-    if bool((other == ids).all()): raise ValueError('the tokens are all alike; give others')
+    if bool((other == ids).all()):
+        raise ValueError('the tokens are all alike; give others')
     a, b = model(ids).logits.float(), model(other).logits.float()
-    tol = 1e-5 * a.abs().max()     # experts sort tokens, which changes the order of sums
+    tol = 1e-5 * a.abs().max()     # experts sort tokens before they add
     is_kept = bool((a[:, :t] - b[:, :t]).abs().max() <= tol)
     return is_kept and not _same(a[:, -1], b[:, -1])
 
-# %% ../nbs/12_cli.ipynb #c0145
+# %% ../nbs/12_cli.ipynb #c0156
 PROMISES = dict(
     logits='logits with open gates differ from the plain model',
     text='generated tokens with open gates differ from the plain model',
@@ -489,7 +523,7 @@ class Compat:
         failed = [PROMISES[k] for k, holds in self.checks.items() if not holds]
         return self.problem or ', '.join(failed)
 
-# %% ../nbs/12_cli.ipynb #c0146
+# %% ../nbs/12_cli.ipynb #c0157
 @patch
 def row(self:Compat) -> tuple: # Cells of the table
     "The model's row in the table."
@@ -499,9 +533,10 @@ def row(self:Compat) -> tuple: # Cells of the table
         digits = 0 if self.plain >= 10 else 1
         speed = [f'{self.plain:.{digits}f}', f'{self.ratio:.3f}']
     verdict = 'exact' if self.ok else 'FAILED'
-    return (self.name, self.arch, self.closed, self.channels, *signs, *speed, verdict)
+    closed = self.closed, self.channels
+    return (self.name, self.arch, *closed, *signs, *speed, verdict)
 
-# %% ../nbs/12_cli.ipynb #c0149
+# %% ../nbs/12_cli.ipynb #c0160
 def _timed(model, generate, adapted):
     "Seconds of one generation"
     if adapted: adapt(model)
@@ -521,12 +556,13 @@ def _speed(model, generate, tokens, repeats):
             seconds.append(_timed(model, generate, with_gates))
     return tokens/median(plain), median(a/b for a, b in zip(plain, adapted))
 
-# %% ../nbs/12_cli.ipynb #c0152
+# %% ../nbs/12_cli.ipynb #c0163
 def _runner(model, ids, tokens):
     "Two functions: a generation, and logits with a generation"
     def generate():
-        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
     @torch.no_grad()
     def run(): return model(ids).logits, generate()
     return generate, run
@@ -546,15 +582,15 @@ def _some_ids(model):
     rng = torch.Generator().manual_seed(0)
     return torch.randint(3, vocab, (1, 24), generator=rng).to(model.device)
 
-# %% ../nbs/12_cli.ipynb #c0153
+# %% ../nbs/12_cli.ipynb #c0164
 def check(
-    model:nn.Module, # A plain decoder; plain again, with the same weights, afterwards
+    model:nn.Module, # A plain decoder, and so it is afterwards
     name:str='', # Name in the table
     ids:Int[Tensor, 'b t']|None=None, # Tokens to read; default random ones
     tokens:int=32, # How many to generate
     repeats:int=8, # How often each side is timed
 ) -> Compat:
-    "Convert, close a quarter of all units, compact; compare each state, and time two."
+    "Convert, close a quarter of all units, compact; compare, and time."
     if ids is None: ids = _some_ids(model)
     generate, run = _runner(model, ids, tokens)
     plain, res = run(), Compat(name, getattr(model.config, 'model_type', '?'))
@@ -571,27 +607,32 @@ def check(
     with zeroed(model, heads, channels): zero = run()
     is_zeroed = _same(closed[0], zero[0]) and _same(closed[1], zero[1])
     is_zeroed = is_zeroed and not _same(closed[0], plain[0])
-    res.checks = dict(logits=_same(opened[0], plain[0]), text=_same(opened[1], plain[1]),
-                      zeroed=is_zeroed, causal=is_causal, compact=is_near)
+    is_exact, is_text = (_same(a, b) for a, b in zip(opened, plain))
+    res.checks = dict(logits=is_exact, text=is_text, zeroed=is_zeroed,
+                      causal=is_causal, compact=is_near)
     res.plain, res.ratio = _speed(model, generate, tokens, repeats)
     return res
 
-# %% ../nbs/12_cli.ipynb #c0156
+# %% ../nbs/12_cli.ipynb #c0168
 @dataclass
 class CompatOptions:
     "Options of `sentinel-compat`."
-    tokens: int = opt(32, 'how many tokens to generate, 1 to 100')
-    repeats: int = opt(8, 'how often each side is timed, up to 1000; '
-                       'the table shows medians')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    tokens: int = opt(32,
+        'how many tokens to generate, 1 to 100')
+    repeats: int = opt(8,
+        'how often each side is timed, up to 1000; '
+        'the table shows medians')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
         need(self, 1 <= self.tokens <= 100, 'tokens', '1 to 100')
         need(self, 1 <= self.repeats <= 1000, 'repeats', '1 to 1000')
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0157
+# %% ../nbs/12_cli.ipynb #c0170
 _SENTENCE = 'The quick brown fox jumps over the lazy dog, and then it returns'
 
 def _compat(name, o):
@@ -611,14 +652,15 @@ def _table(names, o):
     def line(cells):
         text = '  '.join(str(c).ljust(w) for c, w in zip(cells, widths))
         print(text.rstrip(), flush=True)
-    line(('model', 'architecture', 'heads', 'channels', *PROMISES, 'tokens/s', 'ratio', 'verdict'))
+    line(('model', 'architecture', 'heads', 'channels',
+          *PROMISES, 'tokens/s', 'ratio', 'verdict'))
     rows = []
     for name in names:
         rows.append(_compat(name, o))
         line(rows[-1].row())
     return rows
 
-# %% ../nbs/12_cli.ipynb #c0159
+# %% ../nbs/12_cli.ipynb #c0172
 @interruptible
 def compat_cli(
     argv:list|None=None, # Arguments; default those of the process
@@ -626,67 +668,80 @@ def compat_cli(
     "`sentinel-compat [MODEL…]`: a table of models with what holds, and a verdict."
     prog = 'sentinel-compat'
     parser = Parser(CompatOptions, prog=prog, usage=f'{prog} [options] [MODEL ...]',
-                    description='Check that models are wrapped exactly: close heads and channels, '
-                    'generate, cut them out, compare. Exit code 1 when one fails.')
-    parser.add_argument('models', nargs='*', metavar='MODEL', help='embedded name, folder, GGUF '
-                        f'file, hub name or random:<model_type>; default {", ".join(EMBEDDED)}')
+        description='Check that models are wrapped exactly: close heads and '
+        'channels, generate, cut them out, compare. Exit code 1 when one fails.')
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+        help='embedded name, folder, GGUF file, hub name or '
+        f'random:<model_type>; default {", ".join(EMBEDDED)}')
     o, pos = parser.parse(argv)
     _quiet()
     rows = _table(pos.models or EMBEDDED, o)
     bad = [r for r in rows if not r.ok]
-    print(f'\n{len(rows) - len(bad)} of {len(rows)} exact. heads, channels: how many were closed; '
-          'zeroed: closed units equal zeroed columns; compact: the same when they are cut out; '
+    print(f'\n{len(rows) - len(bad)} of {len(rows)} exact. '
+          'heads, channels: how many were closed; '
+          'zeroed: closed units equal zeroed columns; '
+          'compact: the same when they are cut out; '
           f'ratio: adapted over plain, median of {o.repeats} pairs.')
     for r in bad: print(f'{r.name}: {r.why()}')
     return int(bool(bad))
 
-# %% ../nbs/12_cli.ipynb #c0162
+# %% ../nbs/12_cli.ipynb #c0175
 @dataclass
 class RunOptions:
     "What `sentinel-train` trains on what."
     _argument_group_name = 'what is trained on what'
     model: str = opt(default_model, _MODEL)
-    text: str = opt('python_docs', f'{", ".join(TEXTS)}, a .txt, .jsonl or .parquet file, '
-                    'a folder of them, or a data set of the Hub')
-    block_size: int|None = opt(None, 'tokens in a block; default the context, at most 512',
-                               aliases=['--block'])
-    max_tokens: int|None = opt(None, 'train on no more than about this many tokens; '
-                               'what is held out stays the same', aliases=['--tokens'])
-    held: int = opt(0, 'measure on this many blocks of the held-out text; 0 for all')
-    dtype: str = opt('float32', 'type of the weights: float32, bfloat16 or float16; '
-                     'for mixed precision leave it and give --bf16')
-    overwrite: bool = opt(False, 'write into an --output_dir that already holds a run')
+    text: str = opt('python_docs',
+        f'{", ".join(TEXTS)}, a .txt, .jsonl or .parquet file, '
+        'a folder of them, or a data set of the Hub')
+    block_size: int|None = opt(None,
+        'tokens in a block; default the context, at most 512',
+        aliases=['--block'])
+    max_tokens: int|None = opt(None,
+        'train on no more than about this many tokens; '
+        'what is held out stays the same', aliases=['--tokens'])
+    held: int = opt(0,
+        'measure on this many blocks of the held-out text; 0 for all')
+    dtype: str = opt('float32',
+        'type of the weights: float32, bfloat16 or float16; '
+        'for mixed precision leave it and give --bf16')
+    overwrite: bool = opt(False,
+        'write into an --output_dir that already holds a run')
     device = None
 
     def __post_init__(self):
         block, most = self.block_size, self.max_tokens
-        need(self, block is None or block >= 2, 'block_size', '2 up to the context of the model')
+        need(self, block is None or block >= 2, 'block_size',
+             '2 up to the context of the model')
         need(self, most is None or most > 0, 'max_tokens', '1 or more')
         need(self, self.held >= 0, 'held', '0 (all) or more')
         need(self, self.dtype != 'auto', 'dtype', 'float32, bfloat16 or float16')
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0164
+# %% ../nbs/12_cli.ipynb #c0177
 @dataclass
 class Gates(GateRun):
     "What is asked of heads and channels; one of `sparsity` and `params`."
     _argument_group_name = 'gates'
-    sparsity: float|None = opt(None, 'share of heads to close while training, 0 up to 1; '
-                               'default .3, or 0 with --params')
-    params: float|None = opt(None, 'share of all parameters that the model may keep, above 0, '
-                             'up to 1: heads and channels are pruned together and the rest is '
-                             'repaired before fine-tuning')
+    sparsity: float|None = opt(None,
+        'share of heads to close while training, 0 up to 1; '
+        'default .3, or 0 with --params')
+    params: float|None = opt(None,
+        'share of all parameters that the model may keep, above 0, '
+        'up to 1: heads and channels are pruned together and the rest is '
+        'repaired before fine-tuning')
 
     def __post_init__(self):
         if self.params is not None:
             need(self, 0 < self.params <= 1, 'params', 'above 0, up to 1')
             if self.sparsity: raise ValueError(
-                f'--params {self.params} and --sparsity {self.sparsity}: give one of them; '
-                '--params prunes heads and channels before training, --sparsity heads during it')
+                f'--params {self.params} and --sparsity {self.sparsity}: '
+                'give one of them; --params prunes heads and channels '
+                'before training, --sparsity heads during it')
         if self.sparsity is None: self.sparsity = .3 if self.params is None else 0.
         super().__post_init__()
 
-# %% ../nbs/12_cli.ipynb #c0167
+# %% ../nbs/12_cli.ipynb #c0180
 _AT_LEAST_1 = ('per_device_train_batch_size', 'per_device_eval_batch_size',
                'gradient_accumulation_steps')
 _ABOVE_0 = ('num_train_epochs', 'learning_rate', 'logging_steps', 'save_steps')
@@ -712,27 +767,37 @@ def _checkpoint(path):
         'give a run folder or one of its checkpoint-<step> folders')
     return last
 
-# %% ../nbs/12_cli.ipynb #c0168
+# %% ../nbs/12_cli.ipynb #c0182
 STEPS = 200
 
 @dataclass
 class TrainOptions(TrainingArguments):
     "`TrainingArguments`, with defaults for a short run."
     _argument_group_name = 'training (all of the TrainingArguments of transformers)'
-    output_dir: str|None = opt(None, 'the run folder; default runs/<model>-<text>-<n>')
-    max_steps: int = opt(-1, f'number of optimiser steps; default {STEPS}, '
-                         'unless --num_train_epochs is given')
-    num_train_epochs: float|None = opt(None, 'number of passes over the text, '
-                                       'instead of --max_steps')
-    learning_rate: float = opt(1e-4, 'learning rate of the weights')
-    warmup_steps: float = opt(.05, 'steps in which the learning rate rises; '
-                              'below 1 a share of all')
-    logging_steps: float = opt(.05, 'log every so many steps; below 1 a share of all')
-    eval_strategy: str = opt('steps', 'when to measure on held-out text besides before, '
-                             "at and after closing: 'no', 'steps' or 'epoch'")
-    eval_steps: float|None = opt(.2, 'measure every so many steps; below 1 a share of all')
-    save_total_limit: int|None = opt(2, 'how many checkpoints to keep')
-    disable_tqdm: bool|None = opt(False, 'no progress bar', nargs='?', const=True)
+    output_dir: str|None = opt(None,
+        'the run folder; default runs/<model>-<text>-<n>')
+    max_steps: int = opt(-1,
+        f'number of optimiser steps; default {STEPS}, '
+        'unless --num_train_epochs is given')
+    num_train_epochs: float|None = opt(None,
+        'number of passes over the text, '
+        'instead of --max_steps')
+    learning_rate: float = opt(1e-4,
+        'learning rate of the weights')
+    warmup_steps: float = opt(.05,
+        'steps in which the learning rate rises; '
+        'below 1 a share of all')
+    logging_steps: float = opt(.05,
+        'log every so many steps; below 1 a share of all')
+    eval_strategy: str = opt('steps',
+        'when to measure on held-out text besides before, '
+        "at and after closing: 'no', 'steps' or 'epoch'")
+    eval_steps: float|None = opt(.2,
+        'measure every so many steps; below 1 a share of all')
+    save_total_limit: int|None = opt(2,
+        'how many checkpoints to keep')
+    disable_tqdm: bool|None = opt(False,
+        'no progress bar', nargs='?', const=True)
 
     def __post_init__(self):
         if self.num_train_epochs is None:
@@ -741,11 +806,12 @@ class TrainOptions(TrainingArguments):
         _check_numbers(self)
         self.given = self.output_dir
         self.resume_from_checkpoint = _checkpoint(self.resume_from_checkpoint)
-        if not torch.accelerator.is_available(): self.use_cpu = True     # or --bf16 is refused
+        has_gpu = torch.accelerator.is_available()
+        if not has_gpu: self.use_cpu = True           # or --bf16 is refused
         super().__post_init__()
         _check_targets(self.report_to)
 
-# %% ../nbs/12_cli.ipynb #c0169
+# %% ../nbs/12_cli.ipynb #c0183
 def _check_targets(report_to):
     "Refuse a target of the log that isn't installed"
     have = get_available_reporting_integrations()
@@ -754,7 +820,7 @@ def _check_targets(report_to):
         f'--report_to {missing[0]}: not known or not installed; '
         f'on this machine: {", ".join(have) or "nothing"}')
 
-# %% ../nbs/12_cli.ipynb #c0172
+# %% ../nbs/12_cli.ipynb #c0186
 _ENDINGS = ('.gguf', '.txt', '.json', '.jsonl', '.parquet')
 
 def _slug(name):
@@ -773,6 +839,7 @@ def _new_dir(name, root):
         except FileExistsError: n += 1
         else: return d
 
+# %% ../nbs/12_cli.ipynb #c0189
 def run_dir(
     run:RunOptions, # Names the model and the text
     args:'TrainOptions', # May name the folder, or a checkpoint in it
@@ -794,7 +861,7 @@ def run_dir(
     d.mkdir(parents=True, exist_ok=True)
     return d
 
-# %% ../nbs/12_cli.ipynb #c0174
+# %% ../nbs/12_cli.ipynb #c0191
 _MORE = ('channels', 'parameters')
 
 def result_rows(
@@ -806,9 +873,11 @@ def result_rows(
     rows = [('', 'perplexity', 'open heads', *more)]
     for name, d in zip(names, (res.before, res.closed, res.after)):
         heads = f'{d["open"]} of {d["heads"]}'
-        rows.append((name, f'{d["perplexity"]:.2f}', heads, *(d[key] for key in more)))
+        counts = [d[key] for key in more]
+        rows.append((name, f'{d["perplexity"]:.2f}', heads, *counts))
     return rows
 
+# %% ../nbs/12_cli.ipynb #c0192
 def text_table(rows) -> str: # Lines
     "Rows as text, columns aligned."
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -824,7 +893,7 @@ def md_table(rows) -> str: # Markdown
     lines = [rows[0], rule, *rows[1:]]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/12_cli.ipynb #c0177
+# %% ../nbs/12_cli.ipynb #c0195
 _HOW = dict(learned='were chosen by gates that learned beside the weights',
             random='were drawn at random before the first step')
 
@@ -842,19 +911,22 @@ def _deed(o, run, res):
     if getattr(run, 'params', None) is None: return (
         f'{heads} were closed ({run.sparsity:.0%} of {run.unit} were asked for). '
         f'They {_HOW[run.criterion]}.')
-    return (f'{heads} were pruned together with MLP channels, to keep {run.params:.0%} of '
-            f"{res.before['parameters']} parameters; what is kept was repaired in closed form. "
+    return (f'{heads} were pruned together with MLP channels, to keep '
+            f"{run.params:.0%} of {res.before['parameters']} parameters; "
+            'what is kept was repaired in closed form. '
             f"Channels: {res.after['channels']}. The saved model is compact.")
 
 def _story(o, run, res, data):
     "What was done, in sentences"
     held = data['validation']
-    return (f"{_deed(o, run, res)} Perplexity is measured on {len(held)} held-out blocks of "
-            f"{len(held[0]['input_ids'])} tokens of `{o.text}`; none of them was trained on in "
-            'this run. *Before* is the model as it was loaded; all later rows include what its '
-            f'weights learned of the text by then. Training took {res.seconds:.0f} seconds.')
+    blocks = f"{len(held)} held-out blocks of {len(held[0]['input_ids'])} tokens"
+    return (f'{_deed(o, run, res)} Perplexity is measured on {blocks} of '
+            f'`{o.text}`; none of them was trained on in this run. '
+            '*Before* is the model as it was loaded; all later rows include '
+            'what its weights learned of the text by then. '
+            f'Training took {res.seconds:.0f} seconds.')
 
-# %% ../nbs/12_cli.ipynb #c0178
+# %% ../nbs/12_cli.ipynb #c0198
 def versions() -> dict: # Name to version
     "What a result depends on besides its settings."
     from sentinel_ai import __version__
@@ -868,11 +940,11 @@ def _names(run):
     is_joint = getattr(run, 'params', None) is not None
     return 'before', 'pruned' if is_joint else 'heads closed', 'after fine-tuning'
 
-_CAPTION = ('Blue is open, orange is closed. Left: a row for each head, time to the right. '
-            'Right: the gates at the end.')
+_CAPTION = ('Blue is open, orange is closed. Left: a row for each head, '
+            'time to the right. Right: the gates at the end.')
 _JOINT = 'Blue is open, orange is pruned; a bar for the channels of each layer.'
 
-# %% ../nbs/12_cli.ipynb #c0179
+# %% ../nbs/12_cli.ipynb #c0201
 def report(
     o:RunOptions, run:GateRun, res:TrainResult, data, # What was run, and on which blocks
     command:str, # As it was typed
@@ -881,7 +953,8 @@ def report(
     "The report of a run, for a reader who wasn't there."
     path = str(folder/'model')
     model, is_joint = shlex.quote(path), getattr(run, 'params', None) is not None
-    use = f'from sentinel_ai import load_adaptive_model\nmodel = load_adaptive_model({path!r})'
+    use = ('from sentinel_ai import load_adaptive_model\n'
+           f'model = load_adaptive_model({path!r})')
     used = [('', ''), *((k, str(v)) for k, v in versions().items())]
     parts = [
         f'# {o.model} on {o.text}', _story(o, run, res, data),
@@ -897,7 +970,7 @@ def report(
         f'```python\n{use}\n```', '## Versions', md_table(used)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12_cli.ipynb #c0181
+# %% ../nbs/12_cli.ipynb #c0204
 def _numbers(gates):
     "A table of gates for JSON, which has no NaN"
     return [[None if v != v else round(v, 4) for v in row] for row in gates.tolist()]
@@ -905,10 +978,12 @@ def _numbers(gates):
 def _records(run, res):
     "All that was logged, one dict a line"
     yield from res.log
-    for step, gates in zip(res.steps, res.gates): yield dict(step=step, gates=_numbers(gates))
+    for step, gates in zip(res.steps, res.gates):
+        yield dict(step=step, gates=_numbers(gates))
     channels = open_channels(res.model)
     if channels is not None:
-        n_open, built = (channels > 0).sum(1).tolist(), res.model.sentinel.plan.channels.built
+        n_open = (channels > 0).sum(1).tolist()
+        built = res.model.sentinel.plan.channels.built
         yield dict(open_channels=list(zip(n_open, built)))
     closing = 'closed' if getattr(run, 'params', None) is None else 'pruned'
     yield dict(phase='before', **res.before)
@@ -918,16 +993,18 @@ def _records(run, res):
 def _draw(folder, run, res):
     "The two pictures of the report"
     is_joint = getattr(run, 'params', None) is not None
-    ax = plot_units(res.model) if is_joint else plot_gates_over_time(res.gates, res.steps)
+    if is_joint: ax = plot_units(res.model)
+    else: ax = plot_gates_over_time(res.gates, res.steps)
     _save_plot(ax, folder/'gates.png')
     log = [dict(step=0, eval_loss=res.before['loss']), *res.log]
     what = 'heads and channels pruned' if is_joint else 'heads closed'
     _save_plot(plot_loss(log, _closing_step(run, res), what=what), folder/'loss.png')
 
-# %% ../nbs/12_cli.ipynb #c0182
+# %% ../nbs/12_cli.ipynb #c0205
 def save_run(
     folder:Path, # Of the run
-    o:RunOptions, run:GateRun, args:TrainingArguments, res:TrainResult, data, tokenizer, # All of it
+    o:RunOptions, run:GateRun, args:TrainingArguments, # What was asked for
+    res:TrainResult, data, tokenizer, # What came of it, and on what
     command:str, # As it was typed
 ):
     "Write the pictures, the metrics, the model, the settings and, last, the report."
@@ -936,7 +1013,7 @@ def save_run(
     write_text(folder/'metrics.jsonl', ''.join(lines))
     if getattr(run, 'params', None) is not None: compact(res.model)
     with whole(folder/'model') as tmp, warnings.catch_warnings():
-        warnings.simplefilter('ignore')              # closed gates are what this folder is for
+        warnings.simplefilter('ignore')     # closed gates are meant to be there
         res.model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
     settings = dict(command=command, run=asdict(o), gates=asdict(run),
@@ -945,7 +1022,7 @@ def save_run(
     html_report(folder)
     write_text(folder/'report.md', report(o, run, res, data, command, folder))
 
-# %% ../nbs/12_cli.ipynb #c0184
+# %% ../nbs/12_cli.ipynb #c0207
 @torch.no_grad()
 def held_loss(
     model:nn.Module, # Any decoder
@@ -956,8 +1033,10 @@ def held_loss(
     was_training, total = model.training, 0.
     model.eval()
     for i in range(0, len(blocks), batch_size):
-        ids = torch.as_tensor(blocks[i:i+batch_size]['input_ids'], device=model.device)
-        total += model(input_ids=ids, labels=ids, use_cache=False).loss.item()*len(ids)
+        some = blocks[i:i+batch_size]['input_ids']
+        ids = torch.as_tensor(some, device=model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        total += loss.item()*len(ids)
     model.train(was_training)
     return total/len(blocks)
 
@@ -972,7 +1051,7 @@ def _parameters(model):
         closed += closed_cost(units_of(found, is_closed, 'params', worth=none))
     return model_size(model) - round(float(closed))
 
-# %% ../nbs/12_cli.ipynb #c0185
+# %% ../nbs/12_cli.ipynb #c0210
 def _counted(model):
     "Open heads and channels, and the parameters that are left, for the table"
     res = dict(open=open_heads(model), heads=model.sentinel.now.heads.n_heads)
@@ -990,7 +1069,7 @@ def prune_units(
     batch_size:int=8, # Blocks at a time
     blocks:int=64, # Of the training text, to choose and repair on
 ) -> dict: # What the model was: loss, perplexity, open heads, channels, parameters
-    "Measure, then prune heads and channels to a share of the parameters, with repair."
+    "Measure, then prune heads and channels to a share of the parameters."
     loss = held_loss(model, data['validation'], batch_size)
     before = dict(loss=loss, perplexity=math.exp(min(loss, 700)), **_counted(model))
     train = data['train']
@@ -998,7 +1077,7 @@ def prune_units(
     prune(model, params=share, batches=text, progress=False)
     return before
 
-# %% ../nbs/12_cli.ipynb #c0188
+# %% ../nbs/12_cli.ipynb #c0213
 def _first(data, split, n):
     "Keep the first blocks of a split"
     data[split] = data[split].select(range(min(n, len(data[split]))))
@@ -1014,59 +1093,69 @@ def _blocks(o, text, model, tok):
     if o.held: _first(data, 'validation', o.held)
     return data
 
+# %% ../nbs/12_cli.ipynb #c0214
 def _prepare(o, args):
     "Text, tokenizer, model and folder, the cheapest check first"
     text = o.text if o.text in TEXTS else load_text(o.text)
     model, tok = load(o.model, dtype=o.dtype)
     if tok is None: raise ValueError(
-        f'{o.model} has no tokenizer, so it can\'t read a text; use a model such as {_DEFAULT}')
+        f'{o.model} has no tokenizer, so it can\'t read a text; '
+        f'use a model such as {_DEFAULT}')
     data = _blocks(o, text, model, tok)
     n = n_steps(args, len(data['train']))
     if n < 2: raise ValueError(
-        f'{len(data["train"])} training blocks make {n} step(s), a run needs 2 or more: use '
-        '--max_steps, more --num_train_epochs, or a smaller --block_size')
+        f'{len(data["train"])} training blocks make {n} step(s), '
+        'a run needs 2 or more: use --max_steps, more --num_train_epochs, '
+        'or a smaller --block_size')
     saves_steps = args.save_strategy == 'steps'
-    if saves_steps and args.save_steps > n: args.save_strategy = SaveStrategy.NO   # at the end
+    if saves_steps and args.save_steps > n:
+        args.save_strategy = SaveStrategy.NO          # it saves at the end
     folder = run_dir(o, args)
     args.output_dir = str(folder)
     return model, tok, data, folder
 
-# %% ../nbs/12_cli.ipynb #c0189
+# %% ../nbs/12_cli.ipynb #c0217
 def _trained(model, tok, data, run, args):
     "Prune if that is asked for, and train"
     if run.params is None: return train_gates(model, data, run, args, tokenizer=tok)
     model.to(args.device)
     with user_errors('sentinel-train'):
-        before = prune_units(model, data, run.params, args.per_device_eval_batch_size)
+        n = args.per_device_eval_batch_size
+        before = prune_units(model, data, run.params, n)
     res = train_gates(model, data, run, args, tokenizer=tok)
     counts = _counted(res.model)
-    res.before, res.closed, res.after = before, res.closed | counts, res.after | counts
+    res.before = before
+    res.closed |= counts
+    res.after |= counts
     return res
 
 def _say_what(o, model, data, folder):
     "What is about to be trained, in a line"
     now = model.sentinel.now
     units = f'{now.heads.n_heads} heads'
-    if now.channels is not None: units += f' and {now.channels.n_channels:,} channels'
+    if now.channels is not None:
+        units += f' and {now.channels.n_channels:,} channels'
     n = {split: len(blocks) for split, blocks in data.items()}
     print(f'{o.model}, {units}; {o.text}, {n["train"]} blocks to train on and '
           f'{n["validation"]} held out; into {folder}', flush=True)
 
 def _train_parser(prog):
     "The parser, which ends at once where several processes were started"
-    parser = Parser([RunOptions, Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
-                    description='Learn which heads a text needs and close the others, or prune '
-                    'heads and channels to a share of the parameters; fine-tune, and report.')
+    parser = Parser(
+        [RunOptions, Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
+        description='Learn which heads a text needs and close the others, or '
+        'prune heads and channels to a share of the parameters; '
+        'fine-tune, and report.')
     try: check_one_process()
     except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
     return parser
 
-# %% ../nbs/12_cli.ipynb #c0190
+# %% ../nbs/12_cli.ipynb #c0218
 @interruptible
 def train_cli(
     argv:list|None=None, # Arguments; default those of the process
 ) -> int: # Exit code
-    "`sentinel-train`: close or prune units, fine-tune, and leave a folder with a report."
+    "`sentinel-train`: close or prune units, fine-tune, and report."
     prog, start = 'sentinel-train', time.perf_counter()
     o, run, args = _train_parser(prog).parse(argv)
     _quiet()
