@@ -163,8 +163,7 @@ class GenerateOptions:
     do_sample: bool|None = opt(None,
         'draw tokens instead of taking the likeliest; on when '
         'temperature, top_k or top_p is given', nargs='?', const=True)
-    temperature: float|None = opt(None,
-        'above 0; below 1 is safer, above 1 is wilder')
+    temperature: float|None = opt(None, 'above 0; below 1 is safer, above 1 is wilder')
     top_k: int|None = opt(None,
         'draw from the k likeliest tokens; 0 for all')
     top_p: float|None = opt(None,
@@ -767,51 +766,50 @@ def _checkpoint(path):
         'give a run folder or one of its checkpoint-<step> folders')
     return last
 
-# %% ../nbs/12_cli.ipynb #c0182
+# %% ../nbs/12_cli.ipynb #c0183
 STEPS = 200
 
+def _settle(args):
+    "What is left open is decided, and what can't be used refused"
+    if args.num_train_epochs is None:
+        args.num_train_epochs = 3.
+        if args.max_steps < 0: args.max_steps = STEPS
+    _check_numbers(args)
+    args.given = args.output_dir
+    args.resume_from_checkpoint = _checkpoint(args.resume_from_checkpoint)
+    has_gpu = torch.accelerator.is_available()
+    if not has_gpu: args.use_cpu = True           # or --bf16 is refused
+
+# %% ../nbs/12_cli.ipynb #c0184
 @dataclass
 class TrainOptions(TrainingArguments):
     "`TrainingArguments`, with defaults for a short run."
     _argument_group_name = 'training (all of the TrainingArguments of transformers)'
-    output_dir: str|None = opt(None,
-        'the run folder; default runs/<model>-<text>-<n>')
+    output_dir: str|None = opt(None, 'the run folder; default runs/<model>-<text>-<n>')
     max_steps: int = opt(-1,
         f'number of optimiser steps; default {STEPS}, '
         'unless --num_train_epochs is given')
     num_train_epochs: float|None = opt(None,
         'number of passes over the text, '
         'instead of --max_steps')
-    learning_rate: float = opt(1e-4,
-        'learning rate of the weights')
+    learning_rate: float = opt(1e-4, 'learning rate of the weights')
     warmup_steps: float = opt(.05,
         'steps in which the learning rate rises; '
         'below 1 a share of all')
-    logging_steps: float = opt(.05,
-        'log every so many steps; below 1 a share of all')
+    logging_steps: float = opt(.05, 'log every so many steps; below 1 a share of all')
     eval_strategy: str = opt('steps',
         'when to measure on held-out text besides before, '
         "at and after closing: 'no', 'steps' or 'epoch'")
-    eval_steps: float|None = opt(.2,
-        'measure every so many steps; below 1 a share of all')
-    save_total_limit: int|None = opt(2,
-        'how many checkpoints to keep')
-    disable_tqdm: bool|None = opt(False,
-        'no progress bar', nargs='?', const=True)
+    eval_steps: float|None = opt(.2, 'measure every so many steps; below 1 a share of all')
+    save_total_limit: int|None = opt(2, 'how many checkpoints to keep')
+    disable_tqdm: bool|None = opt(False, 'no progress bar', nargs='?', const=True)
 
     def __post_init__(self):
-        if self.num_train_epochs is None:
-            self.num_train_epochs = 3.
-            if self.max_steps < 0: self.max_steps = STEPS
-        _check_numbers(self)
-        self.given = self.output_dir
-        self.resume_from_checkpoint = _checkpoint(self.resume_from_checkpoint)
-        has_gpu = torch.accelerator.is_available()
-        if not has_gpu: self.use_cpu = True           # or --bf16 is refused
+        _settle(self)
         super().__post_init__()
         _check_targets(self.report_to)
 
-# %% ../nbs/12_cli.ipynb #c0183
+# %% ../nbs/12_cli.ipynb #c0185
 def _check_targets(report_to):
     "Refuse a target of the log that isn't installed"
     have = get_available_reporting_integrations()
@@ -820,7 +818,7 @@ def _check_targets(report_to):
         f'--report_to {missing[0]}: not known or not installed; '
         f'on this machine: {", ".join(have) or "nothing"}')
 
-# %% ../nbs/12_cli.ipynb #c0186
+# %% ../nbs/12_cli.ipynb #c0188
 _ENDINGS = ('.gguf', '.txt', '.json', '.jsonl', '.parquet')
 
 def _slug(name):
@@ -839,7 +837,7 @@ def _new_dir(name, root):
         except FileExistsError: n += 1
         else: return d
 
-# %% ../nbs/12_cli.ipynb #c0189
+# %% ../nbs/12_cli.ipynb #c0191
 def run_dir(
     run:RunOptions, # Names the model and the text
     args:'TrainOptions', # May name the folder, or a checkpoint in it
@@ -861,7 +859,7 @@ def run_dir(
     d.mkdir(parents=True, exist_ok=True)
     return d
 
-# %% ../nbs/12_cli.ipynb #c0191
+# %% ../nbs/12_cli.ipynb #c0193
 _MORE = ('channels', 'parameters')
 
 def result_rows(
@@ -877,7 +875,7 @@ def result_rows(
         rows.append((name, f'{d["perplexity"]:.2f}', heads, *counts))
     return rows
 
-# %% ../nbs/12_cli.ipynb #c0192
+# %% ../nbs/12_cli.ipynb #c0194
 def text_table(rows) -> str: # Lines
     "Rows as text, columns aligned."
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -893,7 +891,7 @@ def md_table(rows) -> str: # Markdown
     lines = [rows[0], rule, *rows[1:]]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/12_cli.ipynb #c0195
+# %% ../nbs/12_cli.ipynb #c0197
 _HOW = dict(learned='were chosen by gates that learned beside the weights',
             random='were drawn at random before the first step')
 
@@ -926,7 +924,7 @@ def _story(o, run, res, data):
             'what its weights learned of the text by then. '
             f'Training took {res.seconds:.0f} seconds.')
 
-# %% ../nbs/12_cli.ipynb #c0198
+# %% ../nbs/12_cli.ipynb #c0200
 def versions() -> dict: # Name to version
     "What a result depends on besides its settings."
     from sentinel_ai import __version__
@@ -944,7 +942,7 @@ _CAPTION = ('Blue is open, orange is closed. Left: a row for each head, '
             'time to the right. Right: the gates at the end.')
 _JOINT = 'Blue is open, orange is pruned; a bar for the channels of each layer.'
 
-# %% ../nbs/12_cli.ipynb #c0201
+# %% ../nbs/12_cli.ipynb #c0203
 def report(
     o:RunOptions, run:GateRun, res:TrainResult, data, # What was run, and on which blocks
     command:str, # As it was typed
@@ -970,7 +968,7 @@ def report(
         f'```python\n{use}\n```', '## Versions', md_table(used)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12_cli.ipynb #c0204
+# %% ../nbs/12_cli.ipynb #c0206
 def _numbers(gates):
     "A table of gates for JSON, which has no NaN"
     return [[None if v != v else round(v, 4) for v in row] for row in gates.tolist()]
@@ -1000,7 +998,7 @@ def _draw(folder, run, res):
     what = 'heads and channels pruned' if is_joint else 'heads closed'
     _save_plot(plot_loss(log, _closing_step(run, res), what=what), folder/'loss.png')
 
-# %% ../nbs/12_cli.ipynb #c0205
+# %% ../nbs/12_cli.ipynb #c0207
 def save_run(
     folder:Path, # Of the run
     o:RunOptions, run:GateRun, args:TrainingArguments, # What was asked for
@@ -1022,7 +1020,7 @@ def save_run(
     html_report(folder)
     write_text(folder/'report.md', report(o, run, res, data, command, folder))
 
-# %% ../nbs/12_cli.ipynb #c0207
+# %% ../nbs/12_cli.ipynb #c0209
 @torch.no_grad()
 def held_loss(
     model:nn.Module, # Any decoder
@@ -1051,7 +1049,7 @@ def _parameters(model):
         closed += closed_cost(units_of(found, is_closed, 'params', worth=none))
     return model_size(model) - round(float(closed))
 
-# %% ../nbs/12_cli.ipynb #c0210
+# %% ../nbs/12_cli.ipynb #c0212
 def _counted(model):
     "Open heads and channels, and the parameters that are left, for the table"
     res = dict(open=open_heads(model), heads=model.sentinel.now.heads.n_heads)
@@ -1077,7 +1075,7 @@ def prune_units(
     prune(model, params=share, batches=text, progress=False)
     return before
 
-# %% ../nbs/12_cli.ipynb #c0213
+# %% ../nbs/12_cli.ipynb #c0215
 def _first(data, split, n):
     "Keep the first blocks of a split"
     data[split] = data[split].select(range(min(n, len(data[split]))))
@@ -1093,7 +1091,7 @@ def _blocks(o, text, model, tok):
     if o.held: _first(data, 'validation', o.held)
     return data
 
-# %% ../nbs/12_cli.ipynb #c0214
+# %% ../nbs/12_cli.ipynb #c0216
 def _prepare(o, args):
     "Text, tokenizer, model and folder, the cheapest check first"
     text = o.text if o.text in TEXTS else load_text(o.text)
@@ -1114,7 +1112,7 @@ def _prepare(o, args):
     args.output_dir = str(folder)
     return model, tok, data, folder
 
-# %% ../nbs/12_cli.ipynb #c0217
+# %% ../nbs/12_cli.ipynb #c0219
 def _trained(model, tok, data, run, args):
     "Prune if that is asked for, and train"
     if run.params is None: return train_gates(model, data, run, args, tokenizer=tok)
@@ -1139,6 +1137,7 @@ def _say_what(o, model, data, folder):
     print(f'{o.model}, {units}; {o.text}, {n["train"]} blocks to train on and '
           f'{n["validation"]} held out; into {folder}', flush=True)
 
+# %% ../nbs/12_cli.ipynb #c0220
 def _train_parser(prog):
     "The parser, which ends at once where several processes were started"
     parser = Parser(
@@ -1150,7 +1149,7 @@ def _train_parser(prog):
     except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
     return parser
 
-# %% ../nbs/12_cli.ipynb #c0218
+# %% ../nbs/12_cli.ipynb #c0221
 @interruptible
 def train_cli(
     argv:list|None=None, # Arguments; default those of the process
