@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_maps', 'plot_attention']
 
-# %% ../nbs/11a_attention.ipynb #c0002
+# %% ../nbs/11a_attention.ipynb #c0101
 import math, numpy as np, torch
 from collections.abc import Sequence
 from matplotlib.axes import Axes
@@ -18,77 +18,144 @@ from .measure import measuring, AttentionWatch, with_bias
 from .surgery import original_heads
 from .viz import COLORS, inside_axes, color_bar
 
-# %% ../nbs/11a_attention.ipynb #c0005
+# %% ../nbs/11a_attention.ipynb #c0105
 class _Maps(AttentionWatch):
     "Keeps whole tables `[b h t s]` in place of sums."
     def _called(self, q, k, bias, scale, causal):
         q, k = q.detach().float(), k.detach().float()
-        if k.shape[1] != q.shape[1]: k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
-        z = (scale or q.shape[-1]**-.5)*(q @ k.mT)
-        if bias is not None: z = with_bias(z, bias if bias.dtype == torch.bool else bias.float())
-        return (z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1), -math.inf) if causal else z).softmax(-1),
-    def _formed(self, z): return z.detach().float().softmax(-1)[..., :z.shape[2]],     # a sink has a column and no key
+        per_key = q.shape[1]//k.shape[1]
+        if per_key > 1: k = k.repeat_interleave(per_key, 1)
+        z = (scale or q.shape[-1]**-.5)*(q @ k.mT)              # b h t s
+        if bias is not None:
+            is_mask = bias.dtype == torch.bool
+            z = with_bias(z, bias if is_mask else bias.float())
+        if causal:
+            later = torch.ones_like(z, dtype=torch.bool).triu(1)
+            z = z.masked_fill(later, -math.inf)
+        return z.softmax(-1),
 
+    def _formed(self, z):
+        keys = z.shape[2]                                       # a sink has no key
+        return z.detach().float().softmax(-1)[..., :keys],
+
+# %% ../nbs/11a_attention.ipynb #c0108
+def _check_head(m, heads, layer, head):
+    "Raise `IndexError` for a head that the original model doesn't have"
+    if is_adaptive(m): n = m.sentinel.plan.built
+    else: n = [0 if site is None else site.n_heads for site in heads.sites]
+    if 0 <= layer < len(n) and 0 <= head < n[layer]: return
+    raise IndexError(f'layer {layer} head {head} does not exist; '
+                     f'this model has {n} heads by layer')
+
+def _numbers(m, site):
+    "The original numbers of a layer's heads"
+    if is_adaptive(m): return original_heads(m, site.layer)
+    return range(site.n_heads)
+
+# %% ../nbs/11a_attention.ipynb #c0111
+def _keeper(m, maps, heads, closed):
+    "What keeps a layer's tables in `maps`"
+    want = None if heads is None else {tuple(pair) for pair in heads}
+    gates = None
+    if is_adaptive(m) and not closed:
+        gates = gate_values(m, effective=True)
+    def found(site, p):
+        for i, head in enumerate(_numbers(m, site)):
+            key = site.layer, head
+            is_asked = want is None or key in want
+            is_open = gates is None or gates[site.layer, i] > 0
+            if is_asked and is_open: maps[key] = p[0, i].cpu()
+    return found
+
+# %% ../nbs/11a_attention.ipynb #c0113
 @torch.no_grad()
 def attention_maps(
     model:nn.Module, # Any decoder: plain, adapted or compact
     ids, # Token ids of one text
-    heads:Sequence|None=None, # Pairs `(layer, head)` in the numbering of the original model; default all
+    heads:Sequence|None=None, # Pairs `(layer, head)`, as built; default all
     closed:bool=False, # Also of heads whose gate is 0?
-) -> dict: # `{(layer, head): Float[Tensor, 't t']}` on the CPU; without the heads that are gone
-    "What each head attends to in one text: probabilities, a row for each query."
-    m = base_model(model)
-    hm, ids, maps = head_map(m), torch.as_tensor(ids, device=m.device).view(1, -1), {}
-    if not 1 <= ids.shape[1] <= 2048: raise ValueError(f'{ids.shape[1]} tokens; a map of every pair of tokens is for 1 to 2048 of them')
-    for l, h in heads or (): _check_head(m, hm, l, h)
+) -> dict: # `{(layer, head): Float[Tensor, 't t']}` on the CPU
+    "What each head attends to: probabilities, a row for each query."
+    m, maps = base_model(model), {}
+    where = head_map(m)
+    ids = torch.as_tensor(ids, device=m.device).view(1, -1)
+    n = ids.shape[1]
+    if not 1 <= n <= 2048: raise ValueError(
+        f'{n} tokens; a map of every pair of tokens is for 1 to 2048 of them')
+    for layer, head in heads or (): _check_head(m, where, layer, head)
     if hasattr(m, '_sync'): m._sync()
-    gates = gate_values(m, effective=True) if is_adaptive(m) and not closed else None
-    def found(site, p):
-        for i, h in enumerate(original_heads(m, site.layer) if is_adaptive(m) else range(site.n_heads)):
-            if (heads is None or (site.layer, h) in want) and (gates is None or gates[site.layer, i] > 0): maps[site.layer, h] = p[0, i].cpu()
-    want, watch = {tuple(x) for x in heads or ()}, _Maps(hm, found)
+    watch = _Maps(where, _keeper(m, maps, heads, closed))
     try:
         with measuring(m), watch: m.base_model(ids, use_cache=False)
     finally: watch.close()
     return maps
 
-def _check_head(m, hm, l, h):
-    n = m.sentinel.plan.exists.sum(1).tolist() if is_adaptive(m) else [0 if s is None else s.n_heads for s in hm.sites]
-    if not (0 <= l < len(n) and 0 <= h < n[l]): raise IndexError(f'layer {l} head {h} does not exist; this model has {n} heads by layer')
-
-# %% ../nbs/11a_attention.ipynb #c0012
-def plot_attention(
-    maps:dict, # Name of a model to what `attention_maps` gave; or only that, for one model
-    tokens:Sequence[str]|None=None, # Written at the axes; up to 24
-    heads:Sequence|None=None, # Pairs `(layer, head)`, one column each; default those that any model has, up to 8
-    ax:Axes|None=None, # Area to fill with the panels, which become its `child_axes`; default a new figure
-) -> Axes:
-    "What heads attend to, a column for each head and a row for each model."
-    if not maps or not isinstance(next(iter(maps)), str): maps = {'': maps}
-    heads = [tuple(h) for h in heads] if heads is not None else sorted({k for m in maps.values() for k in m})[:8]
-    there = [m[h] for m in maps.values() for h in heads if h in m]
-    if not there: raise ValueError(f'none of the models has a map of {heads or "any head"}; call attention_maps(model, ids, heads)')
-    t, names, n, k = len(there[0]), list(tokens or []) if len(tokens or []) <= 24 else [], len(heads), len(maps)
-    if names and len(names) != t: raise ValueError(f'{len(names)} tokens were given for maps of {t}')
-    ax, im = inside_axes(ax, (.9 + 1.5*n, .3 + 1.5*k)), None
-    for j, (title, m) in enumerate(maps.items()):
-        for i, h in enumerate(heads):
-            a = ax.inset_axes([i/n, 1 - (j + 1)/k, .9/n, .9/k])
-            im = _map(a, m.get(h), t) or im
-            a.set_xticks(range(t) if names and j == k - 1 else [], names if j == k - 1 else [], rotation=90, fontsize=6)
-            a.set_yticks(range(t) if names and not i else [], names if not i else [], fontsize=6)
-            if not j: a.set_title(f'layer {h[0]}, head {h[1]}', fontsize=8)
-            if not i: a.set_ylabel(title, fontsize=9)
-    color_bar(ax.child_axes[n-1], im, (0, .1, .5, 1), ('0', '0.1', '0.5', '1'))
-    return ax
+# %% ../nbs/11a_attention.ipynb #c0119
+def _entropy(p):
+    "Mean entropy of the rows of a table, in nats"
+    return abs(float((p*np.log(np.maximum(p, 1e-30))).sum(-1).mean()))
 
 def _map(ax, p, t):
     "One table; hatched where there is none"
     ax.set(xlim=(-.5, t - .5), ylim=(t - .5, -.5), box_aspect=1)
-    ax.tick_params(length=0); ax.spines[:].set_color(COLORS['faint'])
-    if p is None: ax.add_patch(Rectangle((-.5, -.5), t, t, facecolor='white', edgecolor=COLORS['closed'], hatch='////', lw=0)); return
+    ax.tick_params(length=0)
+    ax.spines[:].set_color(COLORS['faint'])
+    if p is None:
+        ax.add_patch(Rectangle((-.5, -.5), t, t, facecolor='white', lw=0,
+                               edgecolor=COLORS['closed'], hatch='////'))
+        return
     p = np.asarray(p.float())
-    H = abs(float((p*np.log(np.maximum(p, 1e-30))).sum(-1).mean()))
-    ax.text(.96, .95, f'{H:.2f} nats', transform=ax.transAxes, ha='right', va='top', fontsize=7)
-    cmap = LinearSegmentedColormap.from_list('attention', ['#F7FBFF', '#6BAED6', COLORS['open']]).with_extremes(bad=(0, 0, 0, 0))
-    return ax.imshow(np.where(np.tri(t, dtype=bool), p, np.nan), cmap=cmap, norm=PowerNorm(.5, 0, 1), interpolation='nearest')
+    ax.text(.96, .95, f'{_entropy(p):.2f} nats', transform=ax.transAxes,
+            ha='right', va='top', fontsize=7)
+    blues = ['#F7FBFF', '#6BAED6', COLORS['open']]
+    cmap = LinearSegmentedColormap.from_list('attention', blues)
+    seen = np.where(np.tri(t, dtype=bool), p, np.nan)
+    return ax.imshow(seen, cmap=cmap.with_extremes(bad=(0, 0, 0, 0)),
+                     norm=PowerNorm(.5, 0, 1), interpolation='nearest')
+
+# %% ../nbs/11a_attention.ipynb #c0123
+def _ticks(ax, names, below, beside):
+    "Tokens at the axes of the panels at the edge, and none elsewhere"
+    x, y = names if below else [], names if beside else []
+    ax.set_xticks(range(len(x)), x, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(y)), y, fontsize=6)
+
+def _length(models, heads, names):
+    "Tokens of the maps. Raises `ValueError` if they don't fit the names"
+    there = [m[h] for m in models.values() for h in heads if h in m]
+    if not there: raise ValueError(
+        f'none of the models has a map of {heads or "any head"}; '
+        'call attention_maps(model, ids, heads)')
+    t = len(there[0])
+    if names and len(names) != t: raise ValueError(
+        f'{len(names)} tokens were given for maps of {t}')
+    return t
+
+# %% ../nbs/11a_attention.ipynb #c0125
+def plot_attention(
+    maps:dict, # What `attention_maps` gave, or name of a model to that
+    tokens:Sequence[str]|None=None, # Written at the axes; up to 24
+    heads:Sequence|None=None, # Pairs `(layer, head)`; default up to 8
+    ax:Axes|None=None, # Area for the panels, its `child_axes`
+) -> Axes:
+    "What heads attend to, a column for each head and a row for each model."
+    is_one = not maps or not isinstance(next(iter(maps)), str)
+    models = {'': maps} if is_one else maps
+    have = {key for m in models.values() for key in m}
+    if heads is None: heads = sorted(have)[:8]
+    heads, names = [tuple(h) for h in heads], list(tokens or [])
+    if len(names) > 24: names = []
+    t = _length(models, heads, names)
+    n, k = len(heads), len(models)
+    ax, im = inside_axes(ax, (.9 + 1.5*n, .3 + 1.5*k)), None
+    for row, (title, m) in enumerate(models.items()):
+        for column, head in enumerate(heads):
+            a = ax.inset_axes([column/n, 1 - (row + 1)/k, .9/n, .9/k])
+            im = _map(a, m.get(head), t) or im
+            _ticks(a, names, below=row == k - 1, beside=column == 0)
+            label = 'layer {}, head {}'.format(*head)
+            if row == 0: a.set_title(label, fontsize=8)
+            if column == 0: a.set_ylabel(title, fontsize=9)
+    color_bar(ax.child_axes[n-1], im, (0, .1, .5, 1),
+              ('0', '0.1', '0.5', '1'))
+    return ax

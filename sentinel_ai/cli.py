@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROMISES', 'STEPS', 'Parser', 'opt', 'need', 'user_errors', 'interruptible', 'load', 'default_model',
-           'GenerateOptions', 'generate_cli', 'gate_grid', 'InspectOptions', 'inspect_cli', 'spread', 'zeroed',
-           'causal', 'Compat', 'check', 'CompatOptions', 'compat_cli', 'RunOptions', 'TrainOptions', 'run_dir',
-           'result_rows', 'text_table', 'md_table', 'versions', 'report', 'save_run', 'train_cli']
+           'GenerateOptions', 'generate_cli', 'gate_grid', 'spans', 'channel_lines', 'sites_now', 'InspectOptions',
+           'inspect_cli', 'spread', 'zeroed', 'causal', 'Compat', 'check', 'CompatOptions', 'compat_cli', 'RunOptions',
+           'Gates', 'TrainOptions', 'run_dir', 'result_rows', 'text_table', 'md_table', 'versions', 'report',
+           'save_run', 'held_loss', 'prune_units', 'train_cli']
 
-# %% ../nbs/12_cli.ipynb #c0002
-import difflib, functools, json, os, platform, re, shlex, sys, time, warnings
+# %% ../nbs/12_cli.ipynb #c0101
+import difflib, functools, json, math, os, platform, re, shlex, sys, time, warnings
 import datasets, torch, transformers, matplotlib.pyplot as plt
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from fastcore.basics import patch
 from pathlib import Path
 from statistics import median
 from torch import nn, Tensor
@@ -21,137 +23,234 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from .io import whole, write_text
-from .heads import core_linear, head_map, in_dim
-from .testing import random_model
+from .channels import Sites, sites
+from .heads import core_linear, in_dim, random_model
 from .gates import adapt, gate_values, set_gates, unadapt
-from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
+from .surgery import compact, expand, model_size
+from .choose import closed_cost, units_of
+from .pruning import prune
+from .loaders import EMBEDDED, load_adaptive_model
+from .loaders import load_baseline_model, load_tokenizer
 from .data import TEXTS, lm_dataset, load_text
-from .train import GateRun, TrainResult, check_one_process, n_steps, train_gates
-from .viz import plot_gates, plot_gates_over_time, plot_loss
+from .train import GateRun, TrainResult, check_one_process
+from .train import n_steps, open_heads, train_gates
+from .viz import open_channels, open_gates
+from .viz import plot_gates_over_time, plot_loss, plot_units
 from .report import report as html_report
 
-# %% ../nbs/12_cli.ipynb #c0005
+# %% ../nbs/12_cli.ipynb #c0102
 class Parser(HfArgumentParser):
     "`HfArgumentParser` with short errors, and no abbreviated options."
-    def __init__(self, types, **kwargs): super().__init__(types, allow_abbrev=False, **kwargs)
+    def __init__(self, types, **kwargs):
+        super().__init__(types, allow_abbrev=False, **kwargs)
 
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\nAll options: {self.prog} --help\n')
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}\nAll options: {self.prog} --help\n')
+
+    def unknown(self, option):
+        "End with the option that was probably meant."
+        known = self._option_string_actions
+        near = difflib.get_close_matches(option.split('=')[0], known, 1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        self.error(f'unknown option {option}{hint}')
 
     def parse(self,
         argv:list|None=None, # Arguments; default those of the process
-    ) -> tuple: # One object a dataclass, then a namespace if there are positional arguments
+    ) -> tuple: # One object a dataclass, then a namespace if there is one
         "Parse, check, and end the process with code 2 when something is wrong."
-        try: *res, rest = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-        except (ValueError, TypeError) as e: self.error(str(e))
-        for r in rest:
-            near = difflib.get_close_matches(r.split('=')[0], self._option_string_actions, 1)
-            self.error(f'unknown option {r}' + (f'; did you mean {near[0]}?' if near else ''))
+        try: *res, rest = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False)
+        except (ValueError, TypeError, ArithmeticError) as e: self.error(str(e))
+        for option in rest: self.unknown(option)
         return res
 
+# %% ../nbs/12_cli.ipynb #c0104
 def opt(default, help:str, **kwargs):
-    "A field of an options dataclass; a callable `default` is asked at the time of parsing."
-    kwargs = dict(metadata=dict(help=help) | kwargs)
-    return field(default_factory=default, **kwargs) if callable(default) else field(default=default, **kwargs)
+    "A field of an options dataclass; a callable `default` is asked late."
+    metadata = dict(help=help) | kwargs
+    if callable(default): return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 def need(options, ok:bool, name:str, allowed:str):
     "Refuse the value of an option in words."
-    if not ok: raise ValueError(f'--{name} {getattr(options, name)}: allowed is {allowed}')
+    if ok: return
+    raise ValueError(f'--{name} {getattr(options, name)}: allowed is {allowed}')
 
-# %% ../nbs/12_cli.ipynb #c0006
+# %% ../nbs/12_cli.ipynb #c0106
 @contextmanager
 def user_errors(prog:str): # Name of the command
-    "End with a message and the exit code 2, without a traceback, when a model, text or file can't be had or used."
+    "End with a message and code 2 when a model, text or file can't be had or used."
     try: yield
     except (ValueError, OSError, ImportError) as e:
         sys.stderr.write(f'{prog}: {e}\n')
         raise SystemExit(2)
 
 def interruptible(f):
-    "A command that ends with the exit code 130 on Ctrl-C, and quietly when the reader of its output has gone."
+    "A command that ends with 130 on Ctrl-C, and quietly when nobody reads its output."
     @functools.wraps(f)
     def wrapped(argv=None):
         try: return f(argv)
-        except KeyboardInterrupt: sys.stderr.write('\ninterrupted\n'); return 130
-        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
+        except KeyboardInterrupt:
+            sys.stderr.write('\ninterrupted\n')
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
     return wrapped
 
-# %% ../nbs/12_cli.ipynb #c0011
+# %% ../nbs/12_cli.ipynb #c0109
+def _devices():
+    "Kinds of devices that this machine has"
+    kinds = ('cuda', 'mps', 'xpu')
+    known = [k for k in kinds if hasattr(torch, k)]
+    return ['cpu', *(k for k in known if getattr(torch, k).is_available())]
+
+def _kind_of(device):
+    "The kind of a device; None for a name that torch doesn't know"
+    try: return torch.device(device).type
+    except RuntimeError: return None
+
 def _check_place(o):
     "Refuse a device or dtype that can't be used, before anything is loaded"
-    if o.device is not None:
-        try: kind = torch.device(o.device).type
-        except RuntimeError: kind = None
-        have = ['cpu', *(k for k in ('cuda', 'mps', 'xpu') if hasattr(torch, k) and getattr(torch, k).is_available())]
-        need(o, kind in have, 'device', f'one of {", ".join(have)} on this machine')
-    need(o, o.dtype in (None, 'auto', 'float32', 'bfloat16', 'float16'), 'dtype', 'auto, float32, bfloat16 or float16')
+    have = _devices()
+    is_there = o.device is None or _kind_of(o.device) in have
+    need(o, is_there, 'device', f'one of {", ".join(have)} on this machine')
+    types = ('auto', 'float32', 'bfloat16', 'float16')
+    need(o, o.dtype in (None, *types), 'dtype', 'auto, float32, bfloat16 or float16')
 
+# %% ../nbs/12_cli.ipynb #c0112
 def load(
     name:str, # Embedded name, folder, GGUF file, hub name or `random:<model_type>`
     adaptive:bool=True, # With gates?
     device:str|None=None, # Where to; default the CPU
-    dtype:str|None=None, # Name of a torch type; default as stored (embedded models: float32)
+    dtype:str|None=None, # Name of a torch type; default as stored
 ) -> tuple: # Model and tokenizer; the tokenizer is None for a random model
     "Load what a command line names."
-    kw = {} if dtype is None else dict(dtype=dtype if dtype == 'auto' else getattr(torch, dtype))
+    kw = {}
+    if dtype == 'auto': kw['dtype'] = dtype
+    elif dtype is not None: kw['dtype'] = getattr(torch, dtype)
     if not name.startswith('random:'):
-        return (load_adaptive_model if adaptive else load_baseline_model)(name, device=device, **kw), load_tokenizer(name)
-    model = random_model(name.removeprefix('random:'), **({} if dtype == 'auto' else kw)).to(device or 'cpu')
+        loader = load_adaptive_model if adaptive else load_baseline_model
+        return loader(name, device=device, **kw), load_tokenizer(name)
+    if dtype == 'auto': kw = {}
+    model = random_model(name.removeprefix('random:'), **kw).to(device or 'cpu')
     return adapt(model) if adaptive else model, None
 
 def _quiet():
+    "No progress bars and warnings of transformers"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-# %% ../nbs/12_cli.ipynb #c0014
+# %% ../nbs/12_cli.ipynb #c0113
 _DEFAULT = 'tiny-llama'   # grouped queries, as in most models of today
-_MODEL = f'embedded name, folder, GGUF file or hub name; without it $MODEL_NAME, or else {_DEFAULT}'
+_MODEL = ('embedded name, folder, GGUF file or hub name; '
+          f'without it $MODEL_NAME, or else {_DEFAULT}')
+
 def default_model() -> str: # Name of a model
     "What `MODEL_NAME` says, or else an embedded model."
     return os.environ.get('MODEL_NAME') or _DEFAULT
 
-# %% ../nbs/12_cli.ipynb #c0016
+# %% ../nbs/12_cli.ipynb #c0116
 @dataclass
 class GenerateOptions:
-    "Options of `sentinel-generate`; the sampling options mean what they mean in `generate`."
+    "Options of `sentinel-generate`; most are those of `generate`."
     model: str = opt(default_model, _MODEL)
-    prompt: str|None = opt(None, 'text to continue, also without --prompt in front; - reads it from standard input')
-    max_new_tokens: int = opt(100, 'how many tokens to add at most', aliases=['--tokens'])
-    do_sample: bool|None = opt(None, 'draw tokens instead of taking the likeliest; on when temperature, top_k or top_p is given', nargs='?', const=True)
+    prompt: str|None = opt(None,
+        'text to continue, also without --prompt in front; '
+        '- reads it from standard input')
+    max_new_tokens: int = opt(100,
+        'how many tokens to add at most', aliases=['--tokens'])
+    do_sample: bool|None = opt(None,
+        'draw tokens instead of taking the likeliest; on when '
+        'temperature, top_k or top_p is given', nargs='?', const=True)
     temperature: float|None = opt(None, 'above 0; below 1 is safer, above 1 is wilder')
-    top_k: int|None = opt(None, 'draw from the k likeliest tokens; 0 for all')
-    top_p: float|None = opt(None, 'draw from the likeliest tokens that hold this share of the probability')
-    num_beams: int = opt(1, 'width of the beam search; with more than 1 the text appears at the end', aliases=['--beams'])
-    seed: int|None = opt(None, 'seed for drawing; default a new one each time')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    top_k: int|None = opt(None,
+        'draw from the k likeliest tokens; 0 for all')
+    top_p: float|None = opt(None,
+        'draw from the likeliest tokens that hold this share '
+        'of the probability')
+    num_beams: int = opt(1,
+        'width of the beam search, up to 256; '
+        'with more than 1 the text appears at the end', aliases=['--beams'])
+    seed: int|None = opt(None,
+        'seed for drawing; default a new one each time')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
-        need(self, self.max_new_tokens > 0, 'max_new_tokens', '1 or more')
-        need(self, self.temperature is None or self.temperature > 0, 'temperature', 'above 0 (for the likeliest token each time: --do_sample false)')
-        need(self, self.top_k is None or self.top_k >= 0, 'top_k', '0 or more')
-        need(self, self.top_p is None or 0 < self.top_p <= 1, 'top_p', 'above 0, up to 1')
-        need(self, self.num_beams > 0, 'num_beams', '1 or more')
-        need(self, self.seed is None or 0 <= self.seed < 2**32, 'seed', '0 up to 4294967295')
-        drawn = [n for n in ('temperature', 'top_k', 'top_p') if getattr(self, n) is not None]
-        if self.do_sample is False and drawn: raise ValueError(f'--{drawn[0]} has no effect with --do_sample false; leave one of them out')
-        if self.do_sample is None: self.do_sample = bool(drawn)
+        _check_sampling(self)
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0017
+# %% ../nbs/12_cli.ipynb #c0118
+_DRAWING = ('temperature', 'top_k', 'top_p')
+
+def _check_sampling(o):
+    "Refuse values that can't be used, alone or together"
+    t = o.temperature
+    need(o, o.max_new_tokens > 0, 'max_new_tokens', '1 or more')
+    need(o, t is None or 0 < t < math.inf, 'temperature',
+         'above 0 (for the likeliest token each time: --do_sample false)')
+    need(o, o.top_k is None or o.top_k >= 0, 'top_k', '0 or more')
+    need(o, o.top_p is None or 0 < o.top_p <= 1, 'top_p', 'above 0, up to 1')
+    need(o, 1 <= o.num_beams <= 256, 'num_beams', '1 to 256')
+    need(o, o.seed is None or 0 <= o.seed < 2**32, 'seed', '0 up to 4294967295')
+    drawn = [name for name in _DRAWING if getattr(o, name) is not None]
+    if o.do_sample is False and drawn: raise ValueError(
+        f'--{drawn[0]} has no effect with --do_sample false; leave one of them out')
+    if o.do_sample is None: o.do_sample = bool(drawn)
+
+# %% ../nbs/12_cli.ipynb #c0121
+def _check_context(model, n, o):
+    "Raise `ValueError` unless the prompt and what is to come fit into the context"
+    config = model.config.get_text_config()
+    most = getattr(config, 'max_position_embeddings', None)
+    if not most or n + o.max_new_tokens <= most: return
+    way = 'shorten the prompt'
+    if n < most: way = f'use at most --max_new_tokens {most-n}'
+    raise ValueError(
+        f'the prompt has {n} tokens and --max_new_tokens is '
+        f'{o.max_new_tokens}, but the context of {o.model} is {most}; {way}')
+
 def _encode(model, tok, o):
-    "Token ids of the prompt; raises when it is empty or leaves no room in the context"
-    if tok is None: raise ValueError(f'{o.model} has no tokenizer, so it can\'t read a prompt; use a trained model such as {_DEFAULT}')
+    "Token ids of the prompt"
+    if tok is None: raise ValueError(
+        f'{o.model} has no tokenizer, so it can\'t read a prompt; '
+        f'use a trained model such as {_DEFAULT}')
     ids = tok(o.prompt, return_tensors='pt').input_ids
     if not ids.numel():
-        if tok.bos_token_id is None: raise ValueError('the prompt is empty and the tokenizer has no token to start with; give a --prompt')
+        if tok.bos_token_id is None: raise ValueError(
+            'the prompt is empty and the tokenizer has no token '
+            'to start with; give a --prompt')
         ids = torch.tensor([[tok.bos_token_id]])
-    most, n = getattr(model.config.get_text_config(), 'max_position_embeddings', None), ids.shape[1]
-    if most and n + o.max_new_tokens > most: raise ValueError(
-        f'the prompt has {n} tokens and --max_new_tokens is {o.max_new_tokens}, but the context of {o.model} is {most}; '
-        + (f'use at most --max_new_tokens {most-n}' if n < most else 'shorten the prompt'))
+    _check_context(model, ids.shape[1], o)
     return ids.to(model.device)
 
-# %% ../nbs/12_cli.ipynb #c0018
+def _prompt(o, words, parser):
+    "The prompt, from whichever of three places it was given in"
+    if words and o.prompt is not None: parser.error(
+        f'two prompts: --prompt {o.prompt!r} and {" ".join(words)!r}; give one')
+    if words: return ' '.join(words)
+    if o.prompt is None: return 'The'
+    return sys.stdin.read() if o.prompt == '-' else o.prompt
+
+# %% ../nbs/12_cli.ipynb #c0124
+def _generate(model, tok, ids, o):
+    "Generate and print. Gives how many tokens were added"
+    names = ('max_new_tokens', 'do_sample', 'num_beams', *_DRAWING)
+    how = {name: getattr(o, name) for name in names}
+    how = {name: value for name, value in how.items() if value is not None}
+    streamer = None
+    if o.num_beams == 1:
+        streamer = transformers.TextStreamer(tok, skip_special_tokens=True)
+    pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    out = model.generate(ids, attention_mask=torch.ones_like(ids),
+                         streamer=streamer, pad_token_id=pad, **how)
+    if streamer is None: print(tok.decode(out[0], skip_special_tokens=True))
+    return out.shape[1] - ids.shape[1]
+
+# %% ../nbs/12_cli.ipynb #c0125
 @interruptible
 def generate_cli(
     argv:list|None=None, # Arguments; default those of the process
@@ -162,438 +261,914 @@ def generate_cli(
                     description='Continue a prompt with any decoder, its gates at work.')
     parser.add_argument('words', nargs='*', metavar='PROMPT', help='the prompt')
     o, pos = parser.parse(argv)
-    if pos.words and o.prompt is not None: parser.error(f'two prompts: --prompt {o.prompt!r} and {" ".join(pos.words)!r}; give one')
-    o.prompt = ' '.join(pos.words) if pos.words else 'The' if o.prompt is None else sys.stdin.read() if o.prompt == '-' else o.prompt
+    o.prompt = _prompt(o, pos.words, parser)
     _quiet()
     with user_errors(prog):
         model, tok = load(o.model, device=o.device, dtype=o.dtype)
         ids = _encode(model, tok, o)
     if o.seed is not None: transformers.set_seed(o.seed)
-    how = {n: getattr(o, n) for n in ('max_new_tokens', 'do_sample', 'num_beams', 'temperature', 'top_k', 'top_p') if getattr(o, n) is not None}
-    streamer = transformers.TextStreamer(tok, skip_special_tokens=True) if o.num_beams == 1 else None
     start = time.perf_counter()
-    pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **how)
-    if streamer is None: print(tok.decode(out[0], skip_special_tokens=True))
-    n, sec = out.shape[1] - ids.shape[1], time.perf_counter() - start
-    print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second', file=sys.stderr)
+    n = _generate(model, tok, ids, o)
+    sec = time.perf_counter() - start
+    print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second',
+          file=sys.stderr)
     return 0
 
-# %% ../nbs/12_cli.ipynb #c0025
+# %% ../nbs/12_cli.ipynb #c0128
+def _sign(value):
+    "One gate as a character"
+    if value != value: return ' '
+    if value in (0, 1): return '●' if value else '○'
+    return str(min(9, int(value*10)))
+
 def gate_grid(
     values:Float[Tensor, 'l h'], # Gates, NaN where there is no head
+    exists=None, # `[l, h]`: where the model was built with a head
 ) -> str: # One line a layer
-    "Gates as text: ● open, ○ closed, a digit for tenths in between, blank where there is no head."
-    def sign(v): return ' ' if v != v else '●' if v == 1 else '○' if v == 0 else str(min(9, int(v*10)))
-    w = len(str(len(values) - 1))
-    return '\n'.join(f'{l:>{w}}  ' + ' '.join(map(sign, row)) for l, row in enumerate(values.tolist()))
+    "Gates as text: ● open, ○ closed, digits tenths, × cut out."
+    lines, wide = [], len(str(len(values) - 1))
+    for layer, row in enumerate(values.tolist()):
+        signs = [_sign(v) for v in row]
+        if exists is not None:
+            there = zip(signs, exists[layer])
+            signs = ['×' if s == ' ' and e else s for s, e in there]
+        lines.append(f'{layer:>{wide}}  ' + ' '.join(signs))
+    return '\n'.join(lines)
 
-# %% ../nbs/12_cli.ipynb #c0027
+# %% ../nbs/12_cli.ipynb #c0132
+def spans(
+    numbers:list, # Rising
+    most:int=4, # Ranges that are written out
+) -> str:
+    "Numbers as ranges: `0–99, 120, …`."
+    runs = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1: runs[-1][1] = n
+        else: runs.append([n, n])
+    words = [str(a) if a == b else f'{a}–{b}' for a, b in runs[:most]]
+    return ', '.join(words + ['…'] if len(runs) > most else words)
+
+def channel_lines(
+    values:Float[Tensor, 'l c'], # Gates, in the numbering as built
+    exists, # `[l, c]`: where the model was built with a channel
+) -> list: # Lines
+    "What is open, closed and cut out of each layer's channels."
+    lines = []
+    for layer, (row, there) in enumerate(zip(values, exists)):
+        closed = (row == 0).nonzero().flatten().tolist()
+        removed = (there & row.isnan()).nonzero().flatten().tolist()
+        text = f'{int((row > 0).sum()):,} of {int(there.sum()):,} open'
+        if closed: text += f'; {len(closed):,} closed: {spans(closed)}'
+        if removed: text += f'; {len(removed):,} cut out: {spans(removed)}'
+        if lines and lines[-1][1] == text: lines[-1][0].append(layer)
+        else: lines.append(([layer], text))
+    return [f'{spans(layers)}  {text}' for layers, text in lines]
+
+# %% ../nbs/12_cli.ipynb #c0135
+def _embeddings(model):
+    "Parameters of embeddings and of the language-model head, each once"
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables += [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = [p for m in tables if m is not None for p in m.parameters()]
+    return sum({id(p): p.numel() for p in found}.values())
+
+def sites_now(
+    model:nn.Module, # An adapted model, compact or not
+) -> Sites:
+    "Where units are now, with the parameters that they hold now."
+    now = model.sentinel.now.heads
+    channels = now.channels.channel_params() if now.channels else 0
+    parts = now.parts | dict(heads=now.heads.head_params(), channels=channels,
+                             embeddings=_embeddings(model))
+    others = sum(n for name, n in parts.items() if name != 'rest')
+    return replace(now, parts=parts | dict(rest=model_size(model) - others))
+
+def _memory(model):
+    "Parameters, their types, what they take in memory, and the gates"
+    params = dict(model.named_parameters())
+    mine = {name: p for name, p in params.items() if 'sentinel' in name}
+    others = [p for name, p in params.items() if name not in mine]
+    types = sorted({str(p.dtype).removeprefix('torch.') for p in others})
+    size = sum(p.numel()*p.element_size() for p in params.values())
+    gates = sum(p.numel() for p in mine.values())
+    what = f'{", ".join(types)}, {size/2**20:,.1f} MiB'
+    return (f'{model_size(model):,} parameters ({what}), '
+            f'and {gates:,} for the gates')
+
+# %% ../nbs/12_cli.ipynb #c0138
 @dataclass
 class InspectOptions:
     "Options of `sentinel-inspect`."
-    plot: str|None = opt(None, 'also draw the gates into this file (.png, .pdf or .svg)')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    plot: str|None = opt(None,
+        'also draw the gates of heads and channels into this file '
+        '(.png, .pdf or .svg)')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
         _check_place(self)
-        need(self, self.plot is None or self.plot.endswith(('.png', '.pdf', '.svg')), 'plot', 'a file name that ends in .png, .pdf or .svg')
+        kinds = ('.png', '.pdf', '.svg')
+        is_picture = self.plot is None or self.plot.endswith(kinds)
+        need(self, is_picture, 'plot',
+             'a file name that ends in .png, .pdf or .svg')
 
-# %% ../nbs/12_cli.ipynb #c0028
+# %% ../nbs/12_cli.ipynb #c0139
+def _save_plot(ax, path):
+    "One picture into one file, which is whole or not there"
+    with whole(Path(path)) as tmp:
+        ax.figure.savefig(tmp, dpi=80, bbox_inches='tight')
+    plt.close(ax.figure)
+
+def _count(values): return int((values > 0).sum())
+
+def _inspected(model):
+    "What there is to say about a model, in paragraphs"
+    state, found = model.sentinel, sites_now(model)
+    heads, plan = open_gates(model), state.plan
+    yield repr(found.heads)
+    if found.channels is not None: yield repr(found.channels)
+    yield f'{found}\n{_memory(model)}'
+    yield (f'heads by layer, {_count(heads)} of {sum(plan.built)} open '
+           '(● open, ○ closed, × cut out, digits tenths):\n'
+           f'{gate_grid(heads, plan.exists)}')
+    if plan.channels is not None:
+        c = plan.channels
+        gates = open_channels(model)
+        lines = '\n'.join(channel_lines(gates, c.exists))
+        n = sum(c.built)
+        yield f'channels by layer, {_count(gates):,} of {n:,} open:\n{lines}'
+    if not plan.whole: yield f'what was cut out:\n{plan}'
+
+# %% ../nbs/12_cli.ipynb #c0142
 @interruptible
 def inspect_cli(
     argv:list|None=None, # Arguments; default those of the process
 ) -> int: # Exit code
-    "`sentinel-inspect MODEL`: where the heads are, the gates, the parameters."
+    "`sentinel-inspect MODEL`: where heads and channels are, the gates, the parameters."
     prog = 'sentinel-inspect'
     parser = Parser(InspectOptions, prog=prog, usage=f'{prog} [options] [MODEL]',
-                    description='Show where the heads of a model are, its gates and its parameters.')
-    parser.add_argument('model', nargs='?', default=default_model(), help=f'random:<model_type>, {_MODEL}')
+                    description='Show where the heads and channels of a model are, '
+                    'which are closed or cut out, and what holds its parameters.')
+    parser.add_argument('model', nargs='?', default=default_model(),
+                        help=f'random:<model_type>, {_MODEL}')
     o, pos = parser.parse(argv)
     _quiet()
     with user_errors(prog):
         model, _ = load(pos.model, device=o.device, dtype=o.dtype)
-        if o.plot: _save_plot(plot_gates(gate_values(model)), o.plot)
-    hm, g = model.sentinel.now.heads, gate_values(model)
-    print(f'{pos.model}: {type(model).__name__}, gates {model.sentinel.config.mode}\n\n{hm}\n')
-    print(f'gates by layer, {int((g > 0).sum())} of {hm.n_heads} heads open (● open, ○ closed, digits tenths):\n{gate_grid(g)}\n')
-    print(_params(model))
+        if o.plot: _save_plot(plot_units(model), o.plot)
+    mode = model.sentinel.config.mode
+    title = f'{pos.model}: {type(model).__name__}, gates {mode}'
+    print('\n\n'.join([title, *_inspected(model)]))
     return 0
 
-# %% ../nbs/12_cli.ipynb #c0031
-def _params(model):
-    "What the parameters are: heads, embeddings, gates, the rest; and what they take in memory"
-    hm, ps = model.sentinel.now.heads, dict(model.named_parameters())
-    gates = sum(p.numel() for n, p in ps.items() if 'sentinel' in n)
-    emb = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    parts = {'heads': hm.head_params(), 'embeddings': sum(emb.values())}
-    parts['other'] = hm.n_params - sum(parts.values())
-    rows = [(f'{n:>13,}', f'{n/hm.n_params:>4.0%}', k) for k, n in parts.items()]
-    size = sum(p.numel()*p.element_size() for p in ps.values())
-    kinds = sorted({str(p.dtype).removeprefix('torch.') for n, p in ps.items() if 'sentinel' not in n})
-    rows.append((f'{hm.n_params:>13,}', '100%', f'parameters ({", ".join(kinds)}, {size/2**20:,.1f} MiB), and {gates:,} for the gates'))
-    return '\n'.join('  '.join(r) for r in rows)
-
-def _save_plot(ax, path):
-    "One picture into one file, which is whole or not there"
-    path = Path(path)
-    with whole(path) as tmp: ax.figure.savefig(tmp, dpi=80, bbox_inches='tight')
-    plt.close(ax.figure)
-
-# %% ../nbs/12_cli.ipynb #c0035
+# %% ../nbs/12_cli.ipynb #c0145
 def spread(
     model:nn.Module, # An adapted model
-) -> dict: # `{(layer, head): 0.}`, for `set_gates`
-    "A quarter of the heads, spread over layers and over places in the layer."
-    return {(s.layer, h): 0. for i, s in enumerate(model.sentinel.now.heads) for h in range(s.n_heads) if (h + i) % 4 == 0}
+    kind:str='heads', # 'heads' or 'channels'
+) -> dict: # `{(layer, unit): 0.}`, for `set_gates`
+    "A quarter of the units, spread over layers and over places in the layer."
+    found = getattr(model.sentinel.now.heads, kind)
+    return {(site.layer, unit): 0. for i, site in enumerate(found or ())
+            for unit in range(site.n) if (unit + i) % 4 == 0}
 
+def _columns(units, found):
+    "Each layer's site, and the columns of its projection for these units"
+    res = {}
+    for layer, unit in units:
+        site = found[layer]
+        first = site.width*unit
+        _, columns = res.setdefault(layer, (site, []))
+        columns.extend(range(first, first + site.width))
+    return res.values()
+
+# %% ../nbs/12_cli.ipynb #c0147
 @contextmanager
-def zeroed(model:nn.Module, heads): # A plain model; pairs of (layer, head)
-    "The model with the heads' columns of its output projections at zero, for a while."
-    hm = head_map(model)
-    W = {l: core_linear(hm[l].out).weight for l, _ in heads}
-    kept = {l: w.detach().clone() for l, w in W.items()}
+def zeroed(
+    model:nn.Module, # A plain model
+    heads, # Pairs `(layer, head)`
+    channels=(), # Pairs `(layer, channel)`
+):
+    "The model with the units' columns of its projections at zero, for a while."
+    found, kept = sites(model), []
+    places = [*_columns(heads, found.heads), *_columns(channels, found.channels)]
     with torch.no_grad():
-        for l, h in heads: W[l].narrow(in_dim(hm[l].out), hm[l].cols(h).start, hm[l].head_dim).zero_()
+        for site, columns in places:
+            w = core_linear(site.out).weight
+            kept.append((w, w.detach().clone()))
+            idx = torch.tensor(columns, device=w.device)
+            w.index_fill_(in_dim(site.out), idx, 0.)
         try: yield model
         finally:
-            for l, w in W.items(): w.copy_(kept[l])
+            for w, old in reversed(kept): w.copy_(old)
 
-def _same(a, b): return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+# %% ../nbs/12_cli.ipynb #c0150
+def _same(a, b):
+    "Bit for bit the same"
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
-# %% ../nbs/12_cli.ipynb #c0036
+def _near(a, b):
+    "The same up to rounding"
+    if a.shape != b.shape: return False
+    share = 1e-4 if a.dtype == torch.float32 else .05
+    a, b = a.float(), b.float()
+    return bool((a - b).abs().max() <= share*a.abs().max())
+
+# %% ../nbs/12_cli.ipynb #c0153
 @torch.no_grad()
 def causal(
     model:nn.Module, # Any decoder
     ids:Int[Tensor, 'b t'], # Tokens
 ) -> bool: # False also when the last logits don't change: then nothing was tested
     "Do earlier logits stay what they are when a later token changes?"
-    t, other = ids.shape[1]*2//3, ids.clone()
-    other[:, t:] = ids[:, t:].flip(1).roll(1, 1) if len(ids[0, t:].unique()) > 2 else ids[:, :ids.shape[1] - t]
-    if bool((other == ids).all()): raise ValueError('the tokens are all alike; give others')
-    a, b = (model(i).logits.float() for i in (ids, other))
-    tol = 1e-5 * a.abs().max()     # experts sort tokens, which changes the order of sums
-    return bool((a[:, :t] - b[:, :t]).abs().max() <= tol) and not _same(a[:, -1], b[:, -1])
+    n = ids.shape[1]
+    t, other = n*2//3, ids.clone()
+    has_kinds = len(ids[0, t:].unique()) > 2
+    other[:, t:] = ids[:, t:].flip(1).roll(1, 1) if has_kinds else ids[:, :n - t]
+    if bool((other == ids).all()):
+        raise ValueError('the tokens are all alike; give others')
+    a, b = model(ids).logits.float(), model(other).logits.float()
+    tol = 1e-5 * a.abs().max()     # experts sort tokens before they add
+    is_kept = bool((a[:, :t] - b[:, :t]).abs().max() <= tol)
+    return is_kept and not _same(a[:, -1], b[:, -1])
 
-# %% ../nbs/12_cli.ipynb #c0037
+# %% ../nbs/12_cli.ipynb #c0156
+PROMISES = dict(
+    logits='logits with open gates differ from the plain model',
+    text='generated tokens with open gates differ from the plain model',
+    zeroed='closed units differ from zeroed columns',
+    causal='a later token changes earlier logits',
+    compact='the compact model differs from the one with closed units')
+
 @dataclass
 class Compat:
     "What `check` found for one model."
     name: str               # As the user gave it
     arch: str = ''          # `model_type`
     closed: str = ''        # Heads that were closed, of how many
+    channels: str = ''      # Channels that were closed, of how many
     checks: dict = field(default_factory=dict) # Promise to whether it holds
-    plain: float = float('nan')    # Tokens a second of the plain model
-    ratio: float = float('nan')    # The adapted model's tokens a second over the plain one's
+    plain: float = math.nan # Tokens a second of the plain model
+    ratio: float = math.nan # The adapted model's tokens a second over the plain one's
     problem: str = ''       # Why it couldn't be checked
 
     @property
-    def ok(self) -> bool: "Do all promises hold?"; return not self.problem and bool(self.checks) and all(self.checks.values())
-    def row(self) -> tuple: # Cells of the table
-        "The model's row in the table."
-        sign = ['' if self.problem else 'yes' if self.checks.get(k) else 'NO' for k in PROMISES]
-        speed = ['', ''] if self.problem else [f'{self.plain:.{0 if self.plain >= 10 else 1}f}', f'{self.ratio:.3f}']
-        return (self.name, self.arch, self.closed, *sign, *speed, 'exact' if self.ok else 'FAILED')
-    def why(self) -> str: "What failed"; return self.problem or ', '.join(f'{PROMISES[k]}' for k, v in self.checks.items() if not v)
+    def ok(self) -> bool:
+        "Do all promises hold?"
+        return not self.problem and bool(self.checks) and all(self.checks.values())
+    def why(self) -> str:
+        "What failed"
+        failed = [PROMISES[k] for k, holds in self.checks.items() if not holds]
+        return self.problem or ', '.join(failed)
 
-PROMISES = dict(logits='logits with open gates differ from the plain model', text='generated tokens with open gates differ from the plain model',
-                zeroed='closed heads differ from zeroed columns', causal='a later token changes earlier logits')
+# %% ../nbs/12_cli.ipynb #c0157
+@patch
+def row(self:Compat) -> tuple: # Cells of the table
+    "The model's row in the table."
+    signs, speed = ['']*len(PROMISES), ['', '']
+    if not self.problem:
+        signs = ['yes' if self.checks.get(k) else 'NO' for k in PROMISES]
+        digits = 0 if self.plain >= 10 else 1
+        speed = [f'{self.plain:.{digits}f}', f'{self.ratio:.3f}']
+    verdict = 'exact' if self.ok else 'FAILED'
+    closed = self.closed, self.channels
+    return (self.name, self.arch, *closed, *signs, *speed, verdict)
 
-# %% ../nbs/12_cli.ipynb #c0038
+# %% ../nbs/12_cli.ipynb #c0160
+def _timed(model, generate, adapted):
+    "Seconds of one generation"
+    if adapted: adapt(model)
+    start = time.perf_counter()
+    generate()
+    sec = time.perf_counter() - start
+    if adapted: unadapt(model)
+    return sec
+
+def _speed(model, generate, tokens, repeats):
+    "Tokens a second of the plain model, and the adapted one's over it"
+    plain, adapted = [], []
+    for i in range(repeats):
+        first = i % 2 == 0
+        for with_gates in (first, not first):
+            seconds = adapted if with_gates else plain
+            seconds.append(_timed(model, generate, with_gates))
+    return tokens/median(plain), median(a/b for a, b in zip(plain, adapted))
+
+# %% ../nbs/12_cli.ipynb #c0163
+def _runner(model, ids, tokens):
+    "Two functions: a generation, and logits with a generation"
+    def generate():
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+    @torch.no_grad()
+    def run(): return model(ids).logits, generate()
+    return generate, run
+
+def _compacted(model, run, closed):
+    "Is the compact model near the one with closed units? It is as built afterwards"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # a table says it better
+        compact(model)
+        logits, text = run()
+        expand(model)
+    return _near(closed[0], logits) and text.shape == closed[1].shape
+
+def _some_ids(model):
+    "Random tokens"
+    vocab = model.config.get_text_config().vocab_size
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (1, 24), generator=rng).to(model.device)
+
+# %% ../nbs/12_cli.ipynb #c0164
 def check(
-    model:nn.Module, # A plain decoder; it is plain again, with the same weights, afterwards
+    model:nn.Module, # A plain decoder, and so it is afterwards
     name:str='', # Name in the table
     ids:Int[Tensor, 'b t']|None=None, # Tokens to read; default random ones
     tokens:int=32, # How many to generate
     repeats:int=8, # How often each side is timed
 ) -> Compat:
-    "Convert, generate, close a quarter of the heads, generate again; compare with the plain model, and time both."
-    cfg = model.config.get_text_config()
-    if ids is None: ids = torch.randint(3, cfg.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0)).to(model.device)
-    generate = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
-    run = torch.no_grad()(lambda: (model(ids).logits, generate()))
+    "Convert, close a quarter of all units, compact; compare, and time."
+    if ids is None: ids = _some_ids(model)
+    generate, run = _runner(model, ids, tokens)
     plain, res = run(), Compat(name, getattr(model.config, 'model_type', '?'))
     adapt(model)
-    open_, heads = run(), spread(model)
+    now, opened = model.sentinel.now.heads, run()
+    heads, channels = spread(model), spread(model, 'channels')
     set_gates(model, heads)
+    if channels: set_gates(model, channels, kind='channels')
     closed, is_causal = run(), causal(model, ids)
-    res.closed = f'{len(heads)}/{model.sentinel.now.heads.n_heads}'
+    res.closed = f'{len(heads)}/{now.heads.n_heads}'
+    if channels: res.channels = f'{len(channels)}/{now.channels.n_channels}'
+    is_near = _compacted(model, run, closed)
     unadapt(model)
-    with zeroed(model, heads): zero = run()
-    res.checks = dict(logits=_same(open_[0], plain[0]), text=_same(open_[1], plain[1]), causal=is_causal,
-                      zeroed=_same(closed[0], zero[0]) and _same(closed[1], zero[1]) and not _same(closed[0], plain[0]))
+    with zeroed(model, heads, channels): zero = run()
+    is_zeroed = _same(closed[0], zero[0]) and _same(closed[1], zero[1])
+    is_zeroed = is_zeroed and not _same(closed[0], plain[0])
+    is_exact, is_text = (_same(a, b) for a, b in zip(opened, plain))
+    res.checks = dict(logits=is_exact, text=is_text, zeroed=is_zeroed,
+                      causal=is_causal, compact=is_near)
     res.plain, res.ratio = _speed(model, generate, tokens, repeats)
     return res
 
-# %% ../nbs/12_cli.ipynb #c0039
-def _speed(model, generate, tokens, repeats):
-    "Tokens a second of the plain model, and the adapted one's over it: medians over pairs of runs, one right after the other"
-    sec = {True: [], False: []}
-    for i in range(repeats):
-        for adapted in (i % 2 == 0, i % 2 == 1):      # A B B A: a machine that slows down favours neither
-            if adapted: adapt(model)
-            start = time.perf_counter(); generate(); sec[adapted].append(time.perf_counter() - start)
-            if adapted: unadapt(model)
-    return tokens/median(sec[False]), median(a/b for a, b in zip(sec[False], sec[True]))
-
-# %% ../nbs/12_cli.ipynb #c0044
+# %% ../nbs/12_cli.ipynb #c0168
 @dataclass
 class CompatOptions:
     "Options of `sentinel-compat`."
-    tokens: int = opt(32, 'how many tokens to generate')
-    repeats: int = opt(8, 'how often each side is timed; the table shows medians')
-    device: str|None = opt(None, 'cpu, cuda, cuda:1, ...')
-    dtype: str|None = opt(None, 'auto, float32, bfloat16 or float16; default as stored')
+    tokens: int = opt(32,
+        'how many tokens to generate, 1 to 100')
+    repeats: int = opt(8,
+        'how often each side is timed, up to 1000; '
+        'the table shows medians')
+    device: str|None = opt(None,
+        'cpu, cuda, cuda:1, ...')
+    dtype: str|None = opt(None,
+        'auto, float32, bfloat16 or float16; default as stored')
 
     def __post_init__(self):
         need(self, 1 <= self.tokens <= 100, 'tokens', '1 to 100')
-        need(self, self.repeats > 0, 'repeats', '1 or more')
+        need(self, 1 <= self.repeats <= 1000, 'repeats', '1 to 1000')
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0045
+# %% ../nbs/12_cli.ipynb #c0170
+_SENTENCE = 'The quick brown fox jumps over the lazy dog, and then it returns'
+
 def _compat(name, o):
     "`check` of a name; what goes wrong becomes a row"
     try:
         model, tok = load(name, False, o.device, o.dtype)
-        ids = tok and tok('The quick brown fox jumps over the lazy dog, and then it returns', return_tensors='pt').input_ids.to(model.device)
+        ids = None
+        if tok: ids = tok(_SENTENCE, return_tensors='pt').input_ids.to(model.device)
         return check(model, name, ids, o.tokens, o.repeats)
-    except Exception as e: return Compat(name, problem=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+    except Exception as e:
+        text = ' '.join(str(e).split())[:300]
+        return Compat(name, problem=f'{type(e).__name__}: {text}')
 
+def _table(names, o):
+    "Check and print row by row"
+    widths = (max(map(len, names)), 12, 7, 9, 6, 4, 6, 6, 7, 8, 5, 7)
+    def line(cells):
+        text = '  '.join(str(c).ljust(w) for c, w in zip(cells, widths))
+        print(text.rstrip(), flush=True)
+    line(('model', 'architecture', 'heads', 'channels',
+          *PROMISES, 'tokens/s', 'ratio', 'verdict'))
+    rows = []
+    for name in names:
+        rows.append(_compat(name, o))
+        line(rows[-1].row())
+    return rows
+
+# %% ../nbs/12_cli.ipynb #c0172
 @interruptible
 def compat_cli(
     argv:list|None=None, # Arguments; default those of the process
 ) -> int: # 0 if all are exact, 1 if one failed
-    "`sentinel-compat [MODEL…]`: a table of models with what holds, what it costs, and a verdict."
+    "`sentinel-compat [MODEL…]`: a table of models with what holds, and a verdict."
     prog = 'sentinel-compat'
     parser = Parser(CompatOptions, prog=prog, usage=f'{prog} [options] [MODEL ...]',
-                    description='Check that models are wrapped exactly. Exit code 1 when one fails.')
+        description='Check that models are wrapped exactly: close heads and '
+        'channels, generate, cut them out, compare. Exit code 1 when one fails.')
     parser.add_argument('models', nargs='*', metavar='MODEL',
-                        help=f'embedded name, folder, GGUF file, hub name or random:<model_type>; default {", ".join(EMBEDDED)}')
+        help='embedded name, folder, GGUF file, hub name or '
+        f'random:<model_type>; default {", ".join(EMBEDDED)}')
     o, pos = parser.parse(argv)
     _quiet()
-    names = pos.models or EMBEDDED
-    w = (max(map(len, names)), 12, 7, 6, 4, 6, 6, 8, 5, 7)
-    line = lambda cells: print('  '.join(str(c).ljust(n) for c, n in zip(cells, w)).rstrip(), flush=True)
-    line(('model', 'architecture', 'closed', *PROMISES, 'tokens/s', 'ratio', 'verdict'))
-    rows = []
-    for n in names: rows.append(_compat(n, o)); line(rows[-1].row())
+    rows = _table(pos.models or EMBEDDED, o)
     bad = [r for r in rows if not r.ok]
-    print('\n' + f'{len(rows) - len(bad)} of {len(rows)} exact. closed: heads closed; zeroed: closed heads equal zeroed columns; '
+    print(f'\n{len(rows) - len(bad)} of {len(rows)} exact. '
+          'heads, channels: how many were closed; '
+          'zeroed: closed units equal zeroed columns; '
+          'compact: the same when they are cut out; '
           f'ratio: adapted over plain, median of {o.repeats} pairs.')
     for r in bad: print(f'{r.name}: {r.why()}')
     return int(bool(bad))
 
-# %% ../nbs/12_cli.ipynb #c0052
+# %% ../nbs/12_cli.ipynb #c0175
 @dataclass
 class RunOptions:
     "What `sentinel-train` trains on what."
     _argument_group_name = 'what is trained on what'
     model: str = opt(default_model, _MODEL)
-    text: str = opt('python_docs', f'{", ".join(TEXTS)}, a .txt, .jsonl or .parquet file, a folder of them, or a data set of the Hub')
-    block_size: int|None = opt(None, 'tokens in a block; default the context, at most 512', aliases=['--block'])
-    max_tokens: int|None = opt(None, 'train on no more than about this many tokens; what is held out stays the same', aliases=['--tokens'])
-    held: int = opt(0, 'measure on this many blocks of the held-out text; 0 for all')
-    dtype: str = opt('float32', 'type of the weights: float32, bfloat16 or float16; for mixed precision leave it and give --bf16')
-    overwrite: bool = opt(False, 'write into an --output_dir that already holds a run')
+    text: str = opt('python_docs',
+        f'{", ".join(TEXTS)}, a .txt, .jsonl or .parquet file, '
+        'a folder of them, or a data set of the Hub')
+    block_size: int|None = opt(None,
+        'tokens in a block; default the context, at most 512',
+        aliases=['--block'])
+    max_tokens: int|None = opt(None,
+        'train on no more than about this many tokens; '
+        'what is held out stays the same', aliases=['--tokens'])
+    held: int = opt(0,
+        'measure on this many blocks of the held-out text; 0 for all')
+    dtype: str = opt('float32',
+        'type of the weights: float32, bfloat16 or float16; '
+        'for mixed precision leave it and give --bf16')
+    overwrite: bool = opt(False,
+        'write into an --output_dir that already holds a run')
     device = None
 
     def __post_init__(self):
-        need(self, self.block_size is None or self.block_size >= 2, 'block_size', '2 up to the context of the model')
-        need(self, self.max_tokens is None or self.max_tokens > 0, 'max_tokens', '1 or more')
+        block, most = self.block_size, self.max_tokens
+        need(self, block is None or block >= 2, 'block_size',
+             '2 up to the context of the model')
+        need(self, most is None or most > 0, 'max_tokens', '1 or more')
         need(self, self.held >= 0, 'held', '0 (all) or more')
         need(self, self.dtype != 'auto', 'dtype', 'float32, bfloat16 or float16')
         _check_place(self)
 
-# %% ../nbs/12_cli.ipynb #c0053
-STEPS = 200
-
+# %% ../nbs/12_cli.ipynb #c0177
 @dataclass
-class TrainOptions(TrainingArguments):
-    "`TrainingArguments`, with defaults for a short run."
-    _argument_group_name = 'training (all of the TrainingArguments of transformers)'
-    output_dir: str|None = opt(None, 'the run folder; default runs/<model>-<text>-<n>')
-    max_steps: int = opt(-1, f'number of optimiser steps; default {STEPS}, unless --num_train_epochs is given')
-    num_train_epochs: float|None = opt(None, 'number of passes over the text, instead of --max_steps')
-    learning_rate: float = opt(1e-4, 'learning rate of the weights')
-    warmup_steps: float = opt(.05, 'steps in which the learning rate rises; below 1 a share of all')
-    logging_steps: float = opt(.05, 'log every so many steps; below 1 a share of all')
-    eval_strategy: str = opt('steps', "when to measure on held-out text besides before, at and after closing: 'no', 'steps' or 'epoch'")
-    eval_steps: float|None = opt(.2, 'measure every so many steps; below 1 a share of all')
-    save_total_limit: int|None = opt(2, 'how many checkpoints to keep')
-    disable_tqdm: bool|None = opt(False, 'no progress bar', nargs='?', const=True)
+class Gates(GateRun):
+    "What is asked of heads and channels; one of `sparsity` and `params`."
+    _argument_group_name = 'gates'
+    sparsity: float|None = opt(None,
+        'share of heads to close while training, 0 up to 1; '
+        'default .3, or 0 with --params')
+    params: float|None = opt(None,
+        'share of all parameters that the model may keep, above 0, '
+        'up to 1: heads and channels are pruned together and the rest is '
+        'repaired before fine-tuning')
 
     def __post_init__(self):
-        if self.num_train_epochs is None: self.num_train_epochs, self.max_steps = 3., STEPS if self.max_steps < 0 else self.max_steps
-        need(self, self.num_train_epochs > 0, 'num_train_epochs', 'above 0')
-        need(self, self.max_steps < 0 or self.max_steps > 1, 'max_steps', '2 or more')
-        need(self, self.learning_rate > 0, 'learning_rate', 'above 0')
-        need(self, self.per_device_train_batch_size > 0, 'per_device_train_batch_size', '1 or more')
-        self.given, self.resume_from_checkpoint = self.output_dir, _checkpoint(self.resume_from_checkpoint)
-        if not torch.accelerator.is_available(): self.use_cpu = True     # or --bf16 is refused
+        if self.params is not None:
+            need(self, 0 < self.params <= 1, 'params', 'above 0, up to 1')
+            if self.sparsity: raise ValueError(
+                f'--params {self.params} and --sparsity {self.sparsity}: '
+                'give one of them; --params prunes heads and channels '
+                'before training, --sparsity heads during it')
+        if self.sparsity is None: self.sparsity = .3 if self.params is None else 0.
         super().__post_init__()
-        have = get_available_reporting_integrations()
-        missing = [r for r in self.report_to if r not in have]
-        if missing: raise ValueError(f'--report_to {missing[0]}: not known or not installed; on this machine: {", ".join(have) or "nothing"}')
+
+# %% ../nbs/12_cli.ipynb #c0180
+_AT_LEAST_1 = ('per_device_train_batch_size', 'per_device_eval_batch_size',
+               'gradient_accumulation_steps')
+_ABOVE_0 = ('num_train_epochs', 'learning_rate', 'logging_steps', 'save_steps')
+
+def _check_numbers(args):
+    "Refuse numbers that no run can use"
+    for f in fields(args):
+        value = getattr(args, f.name)
+        is_number = isinstance(value, float) or type(value) is int
+        need(args, not is_number or abs(value) < 2**53, f.name, 'a finite number')
+    for name in _AT_LEAST_1: need(args, getattr(args, name) >= 1, name, '1 or more')
+    for name in _ABOVE_0: need(args, getattr(args, name) > 0, name, 'above 0')
+    need(args, args.max_steps < 0 or args.max_steps > 1, 'max_steps', '2 or more')
+    every = args.eval_steps
+    need(args, every is None or every > 0, 'eval_steps', 'above 0')
 
 def _checkpoint(path):
     "The checkpoint at `path`, or the last one in the run folder `path`"
     if path is None or (Path(path)/'trainer_state.json').exists(): return path
     last = get_last_checkpoint(path) if Path(path).is_dir() else None
-    if last is None: raise ValueError(f'--resume_from_checkpoint {path}: there is no checkpoint; give a run folder or one of its checkpoint-<step> folders')
+    if last is None: raise ValueError(
+        f'--resume_from_checkpoint {path}: there is no checkpoint; '
+        'give a run folder or one of its checkpoint-<step> folders')
     return last
 
-# %% ../nbs/12_cli.ipynb #c0055
+# %% ../nbs/12_cli.ipynb #c0183
+STEPS = 200
+
+def _settle(args):
+    "What is left open is decided, and what can't be used refused"
+    if args.num_train_epochs is None:
+        args.num_train_epochs = 3.
+        if args.max_steps < 0: args.max_steps = STEPS
+    _check_numbers(args)
+    args.given = args.output_dir
+    args.resume_from_checkpoint = _checkpoint(args.resume_from_checkpoint)
+    has_gpu = torch.accelerator.is_available()
+    if not has_gpu: args.use_cpu = True           # or --bf16 is refused
+
+# %% ../nbs/12_cli.ipynb #c0184
+@dataclass
+class TrainOptions(TrainingArguments):
+    "`TrainingArguments`, with defaults for a short run."
+    _argument_group_name = 'training (all of the TrainingArguments of transformers)'
+    output_dir: str|None = opt(None, 'the run folder; default runs/<model>-<text>-<n>')
+    max_steps: int = opt(-1,
+        f'number of optimiser steps; default {STEPS}, '
+        'unless --num_train_epochs is given')
+    num_train_epochs: float|None = opt(None,
+        'number of passes over the text, '
+        'instead of --max_steps')
+    learning_rate: float = opt(1e-4, 'learning rate of the weights')
+    warmup_steps: float = opt(.05,
+        'steps in which the learning rate rises; '
+        'below 1 a share of all')
+    logging_steps: float = opt(.05, 'log every so many steps; below 1 a share of all')
+    eval_strategy: str = opt('steps',
+        'when to measure on held-out text besides before, '
+        "at and after closing: 'no', 'steps' or 'epoch'")
+    eval_steps: float|None = opt(.2, 'measure every so many steps; below 1 a share of all')
+    save_total_limit: int|None = opt(2, 'how many checkpoints to keep')
+    disable_tqdm: bool|None = opt(False, 'no progress bar', nargs='?', const=True)
+
+    def __post_init__(self):
+        _settle(self)
+        super().__post_init__()
+        _check_targets(self.report_to)
+
+# %% ../nbs/12_cli.ipynb #c0185
+def _check_targets(report_to):
+    "Refuse a target of the log that isn't installed"
+    have = get_available_reporting_integrations()
+    missing = [r for r in report_to if r not in have]
+    if missing: raise ValueError(
+        f'--report_to {missing[0]}: not known or not installed; '
+        f'on this machine: {", ".join(have) or "nothing"}')
+
+# %% ../nbs/12_cli.ipynb #c0188
+_ENDINGS = ('.gguf', '.txt', '.json', '.jsonl', '.parquet')
+
 def _slug(name):
     "The last part of a name or path, fit for a folder's name"
     p = Path(name)
     if p.name == 'model': p = p.resolve().parent      # runs/x/model
-    return re.sub(r'[^\w.]+', '-', p.stem if p.suffix in ('.gguf', '.txt', '.json', '.jsonl', '.parquet') else p.name).strip('-.') or 'x'
+    last = p.stem if p.suffix in _ENDINGS else p.name
+    return re.sub(r'[^\w.]+', '-', last).strip('-.') or 'x'
 
+def _new_dir(name, root):
+    "The first folder `name-<n>` that isn't there, made"
+    n = 1
+    while True:
+        d = Path(root)/f'{name}-{n}'
+        try: d.mkdir(parents=True)
+        except FileExistsError: n += 1
+        else: return d
+
+# %% ../nbs/12_cli.ipynb #c0191
 def run_dir(
     run:RunOptions, # Names the model and the text
     args:'TrainOptions', # May name the folder, or a checkpoint in it
     root:str='runs', # Where new folders are made
 ) -> Path: # A folder that exists
-    "The folder of a run: the one given, the one that holds the checkpoint, or a new one. Raises `FileExistsError` rather than overwrite."
+    "The folder of a run. Raises `FileExistsError` rather than overwrite."
     given, resume = args.given, args.resume_from_checkpoint
     if given is None and resume: return Path(resume).resolve().parent
     if given is None:
-        if args.world_size > 1: raise ValueError('several processes have to write into one folder; give --output_dir')
-        name, n = f'{_slug(run.model)}-{_slug(run.text)}', 1
-        while True:
-            try: (d := Path(root)/f'{name}-{n}').mkdir(parents=True); return d
-            except FileExistsError: n += 1
+        if args.world_size > 1: raise ValueError(
+            'several processes have to write into one folder; give --output_dir')
+        return _new_dir(f'{_slug(run.model)}-{_slug(run.text)}', root)
     d = Path(given)
-    if args.process_index == 0 and d.exists() and not (run.overwrite or resume) and (not d.is_dir() or any(d.iterdir())): raise FileExistsError(
-        f'--output_dir {d} already holds something; give another folder, --overwrite, or --resume_from_checkpoint')
+    is_taken = d.exists() and (not d.is_dir() or any(d.iterdir()))
+    may_write = run.overwrite or resume or args.process_index > 0
+    if is_taken and not may_write: raise FileExistsError(
+        f'--output_dir {d} already holds something; '
+        'give another folder, --overwrite, or --resume_from_checkpoint')
     d.mkdir(parents=True, exist_ok=True)
     return d
 
-# %% ../nbs/12_cli.ipynb #c0059
+# %% ../nbs/12_cli.ipynb #c0193
+_MORE = ('channels', 'parameters')
+
 def result_rows(
     res:TrainResult, # What `train_gates` gave
+    names:tuple=('before', 'heads closed', 'after fine-tuning'), # Of the three rows
 ) -> list: # Rows of cells, the first one the header
     "The result of a run as a table."
-    cell = lambda n, d: (n, f'{d["perplexity"]:.2f}', f'{d["open"]} of {d["heads"]}')
-    return [('', 'perplexity', 'open heads'), cell('before', res.before), cell('heads closed', res.closed), cell('after fine-tuning', res.after)]
+    more = [key for key in _MORE if key in res.before]
+    rows = [('', 'perplexity', 'open heads', *more)]
+    for name, d in zip(names, (res.before, res.closed, res.after)):
+        heads = f'{d["open"]} of {d["heads"]}'
+        counts = [d[key] for key in more]
+        rows.append((name, f'{d["perplexity"]:.2f}', heads, *counts))
+    return rows
 
+# %% ../nbs/12_cli.ipynb #c0194
 def text_table(rows) -> str: # Lines
     "Rows as text, columns aligned."
-    w = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join('  '.join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, w))) for r in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *rest in rows:
+        cells = [c.rjust(w) for c, w in zip(rest, widths[1:])]
+        lines.append('  '.join([first.ljust(widths[0]), *cells]))
+    return '\n'.join(lines)
 
 def md_table(rows) -> str: # Markdown
     "Rows as a Markdown table."
-    line = lambda r: '| ' + ' | '.join(r) + ' |'
-    return '\n'.join([line(rows[0]), line(['---', *['---:']*(len(rows[0]) - 1)]), *map(line, rows[1:])])
+    rule = ['---', *['---:']*(len(rows[0]) - 1)]
+    lines = [rows[0], rule, *rows[1:]]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/12_cli.ipynb #c0060
+# %% ../nbs/12_cli.ipynb #c0197
+_HOW = dict(learned='were chosen by gates that learned beside the weights',
+            random='were drawn at random before the first step')
+
 def _closing_step(run, res):
-    "The step at which heads were closed; None if none were"
+    "The step at which units were closed; None if none were"
+    if getattr(run, 'params', None) is not None: return 0
     if not run.sparsity: return None
-    return 0 if run.criterion == 'random' else max(1, round(run.learn*res.steps[-1]))
+    if run.criterion == 'random': return 0
+    return max(1, round(run.learn*res.steps[-1]))
 
+def _deed(o, run, res):
+    "What was closed, in a sentence or two"
+    open_, closed = res.before['open'], res.before['open'] - res.after['open']
+    heads = f'{closed} of {open_} open heads of `{o.model}`'
+    if getattr(run, 'params', None) is None: return (
+        f'{heads} were closed ({run.sparsity:.0%} of {run.unit} were asked for). '
+        f'They {_HOW[run.criterion]}.')
+    return (f'{heads} were pruned together with MLP channels, to keep '
+            f"{run.params:.0%} of {res.before['parameters']} parameters; "
+            'what is kept was repaired in closed form. '
+            f"Channels: {res.after['channels']}. The saved model is compact.")
+
+def _story(o, run, res, data):
+    "What was done, in sentences"
+    held = data['validation']
+    blocks = f"{len(held)} held-out blocks of {len(held[0]['input_ids'])} tokens"
+    return (f'{_deed(o, run, res)} Perplexity is measured on {blocks} of '
+            f'`{o.text}`; none of them was trained on in this run. '
+            '*Before* is the model as it was loaded; all later rows include '
+            'what its weights learned of the text by then. '
+            f'Training took {res.seconds:.0f} seconds.')
+
+# %% ../nbs/12_cli.ipynb #c0200
 def versions() -> dict: # Name to version
     "What a result depends on besides its settings."
     from sentinel_ai import __version__
-    return dict(sentinel_ai=__version__, torch=torch.__version__, transformers=transformers.__version__, datasets=datasets.__version__,
-                python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', threads=torch.get_num_threads())
+    return dict(sentinel_ai=__version__, torch=torch.__version__,
+                transformers=transformers.__version__, datasets=datasets.__version__,
+                python=platform.python_version(), threads=torch.get_num_threads(),
+                system=f'{platform.system()} {platform.machine()}')
 
-# %% ../nbs/12_cli.ipynb #c0061
-def _story(o, run, res, data):
-    "What was done, in sentences"
-    n, block = len(data['validation']), len(data['validation'][0]['input_ids'])
-    how = dict(learned='were chosen by gates that learned beside the weights', random='were drawn at random before the first step')[run.criterion]
-    closed = res.before['open'] - res.after['open']
-    return (f"{closed} of {res.before['open']} open heads of `{o.model}` were closed ({run.sparsity:.0%} of {run.unit} were asked for). They {how}. "
-            f"Perplexity is measured on {n} held-out blocks of {block} tokens of `{o.text}`; none of them was trained on in this run. "
-            '*Before* is the model as it was loaded; all later rows include what its weights learned of the text by then. '
-            f'Training took {res.seconds:.0f} seconds.')
+def _names(run):
+    "Names of the three rows"
+    is_joint = getattr(run, 'params', None) is not None
+    return 'before', 'pruned' if is_joint else 'heads closed', 'after fine-tuning'
 
+_CAPTION = ('Blue is open, orange is closed. Left: a row for each head, '
+            'time to the right. Right: the gates at the end.')
+_JOINT = 'Blue is open, orange is pruned; a bar for the channels of each layer.'
+
+# %% ../nbs/12_cli.ipynb #c0203
 def report(
     o:RunOptions, run:GateRun, res:TrainResult, data, # What was run, and on which blocks
     command:str, # As it was typed
     folder:Path, # Of the run
 ) -> str: # Markdown
     "The report of a run, for a reader who wasn't there."
-    model = shlex.quote(str(folder/'model'))
-    use = f"from sentinel_ai import load_adaptive_model\nmodel = load_adaptive_model({str(folder/'model')!r})"
-    return '\n\n'.join([
-        f'# {o.model} on {o.text}', _story(o, run, res, data), md_table(result_rows(res)),
-        '## Which heads closed, and when', '![gates](gates.png)',
-        'Blue is open, orange is closed. Left: a row for each head, time to the right. Right: the gates at the end.',
+    path = str(folder/'model')
+    model, is_joint = shlex.quote(path), getattr(run, 'params', None) is not None
+    use = ('from sentinel_ai import load_adaptive_model\n'
+           f'model = load_adaptive_model({path!r})')
+    used = [('', ''), *((k, str(v)) for k, v in versions().items())]
+    parts = [
+        f'# {o.model} on {o.text}', _story(o, run, res, data),
+        md_table(result_rows(res, _names(run))),
+        '## Which units were pruned' if is_joint else '## Which heads closed, and when',
+        '![gates](gates.png)', _JOINT if is_joint else _CAPTION,
         '## Loss', '![loss](loss.png)',
-        '## How to run it again', f'```sh\n{command}\n```', 'All settings are in [run.json](run.json), all that was logged in [metrics.jsonl](metrics.jsonl).',
-        '## Use the model', f"```sh\nsentinel-inspect {model}\nsentinel-generate --model {model} --prompt 'The'\n```",
-        f'```python\n{use}\n```',
-        '## Versions', md_table([('', ''), *((k, str(v)) for k, v in versions().items())])]) + '\n'
+        '## How to run it again', f'```sh\n{command}\n```',
+        'All settings are in [run.json](run.json), all that was logged in '
+        '[metrics.jsonl](metrics.jsonl).',
+        '## Use the model', f"```sh\nsentinel-inspect {model}\n"
+        f"sentinel-generate --model {model} --prompt 'The'\n```",
+        f'```python\n{use}\n```', '## Versions', md_table(used)]
+    return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12_cli.ipynb #c0062
+# %% ../nbs/12_cli.ipynb #c0206
+def _numbers(gates):
+    "A table of gates for JSON, which has no NaN"
+    return [[None if v != v else round(v, 4) for v in row] for row in gates.tolist()]
+
+def _records(run, res):
+    "All that was logged, one dict a line"
+    yield from res.log
+    for step, gates in zip(res.steps, res.gates):
+        yield dict(step=step, gates=_numbers(gates))
+    channels = open_channels(res.model)
+    if channels is not None:
+        n_open = (channels > 0).sum(1).tolist()
+        built = res.model.sentinel.plan.channels.built
+        yield dict(open_channels=list(zip(n_open, built)))
+    closing = 'closed' if getattr(run, 'params', None) is None else 'pruned'
+    yield dict(phase='before', **res.before)
+    yield dict(phase=closing, **res.closed)
+    yield dict(phase='after', **res.after)
+
+def _draw(folder, run, res):
+    "The two pictures of the report"
+    is_joint = getattr(run, 'params', None) is not None
+    if is_joint: ax = plot_units(res.model)
+    else: ax = plot_gates_over_time(res.gates, res.steps)
+    _save_plot(ax, folder/'gates.png')
+    log = [dict(step=0, eval_loss=res.before['loss']), *res.log]
+    what = 'heads and channels pruned' if is_joint else 'heads closed'
+    _save_plot(plot_loss(log, _closing_step(run, res), what=what), folder/'loss.png')
+
+# %% ../nbs/12_cli.ipynb #c0207
 def save_run(
     folder:Path, # Of the run
-    o:RunOptions, run:GateRun, args:TrainingArguments, res:TrainResult, data, tokenizer, # All that there is to tell
+    o:RunOptions, run:GateRun, args:TrainingArguments, # What was asked for
+    res:TrainResult, data, tokenizer, # What came of it, and on what
     command:str, # As it was typed
 ):
-    "Write the model, the pictures, the metrics, the settings and, last, the report."
+    "Write the pictures, the metrics, the model, the settings and, last, the report."
+    _draw(folder, run, res)
+    lines = [json.dumps(record) + '\n' for record in _records(run, res)]
+    write_text(folder/'metrics.jsonl', ''.join(lines))
+    if getattr(run, 'params', None) is not None: compact(res.model)
     with whole(folder/'model') as tmp, warnings.catch_warnings():
-        warnings.simplefilter('ignore')              # closed gates are what this folder is for
-        res.model.save_pretrained(tmp); tokenizer.save_pretrained(tmp)
-    log = [dict(step=0, eval_loss=res.before['loss']), *res.log]
-    _save_plot(plot_gates_over_time(res.gates, res.steps), folder/'gates.png')
-    _save_plot(plot_loss(log, _closing_step(run, res)), folder/'loss.png')
-    ends = [dict(phase=k, **getattr(res, k)) for k in ('before', 'closed', 'after')]
-    gates = [dict(step=s, gates=[[None if v != v else round(v, 4) for v in row] for row in g.tolist()]) for s, g in zip(res.steps, res.gates)]
-    write_text(folder/'metrics.jsonl', ''.join(json.dumps(d) + '\n' for d in [*log[1:], *gates, *ends]))
-    settings = dict(command=command, run=asdict(o), gates=asdict(run), training=args.to_dict(), versions=versions())
+        warnings.simplefilter('ignore')     # closed gates are meant to be there
+        res.model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+    settings = dict(command=command, run=asdict(o), gates=asdict(run),
+                    training=args.to_dict(), versions=versions())
     write_text(folder/'run.json', json.dumps(settings, indent=1, default=str) + '\n')
     html_report(folder)
     write_text(folder/'report.md', report(o, run, res, data, command, folder))
 
-# %% ../nbs/12_cli.ipynb #c0064
-def _first(data, split, n): data[split] = data[split].select(range(min(n, len(data[split]))))
+# %% ../nbs/12_cli.ipynb #c0209
+@torch.no_grad()
+def held_loss(
+    model:nn.Module, # Any decoder
+    blocks, # Of `lm_dataset`, all of one length
+    batch_size:int=8, # Blocks at a time
+) -> float: # Nats per token
+    "Mean loss over blocks."
+    was_training, total = model.training, 0.
+    model.eval()
+    for i in range(0, len(blocks), batch_size):
+        some = blocks[i:i+batch_size]['input_ids']
+        ids = torch.as_tensor(some, device=model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        total += loss.item()*len(ids)
+    model.train(was_training)
+    return total/len(blocks)
 
-def _prepare(o, run, args):
+def _parameters(model):
+    "Parameters that a model has without its closed units"
+    now, closed = model.sentinel.now.heads, 0.
+    for kind in ('heads', 'channels'):
+        found = getattr(now, kind)
+        if found is None: continue
+        is_closed = gate_values(model, kind=kind) == 0
+        none = torch.zeros(found.shape)
+        closed += closed_cost(units_of(found, is_closed, 'params', worth=none))
+    return model_size(model) - round(float(closed))
+
+# %% ../nbs/12_cli.ipynb #c0212
+def _counted(model):
+    "Open heads and channels, and the parameters that are left, for the table"
+    res = dict(open=open_heads(model), heads=model.sentinel.now.heads.n_heads)
+    channels = open_channels(model)
+    if channels is not None:
+        n = sum(model.sentinel.plan.channels.built)
+        res['channels'] = f'{_count(channels):,} of {n:,}'
+    else: res['channels'] = ''
+    return res | dict(parameters=f'{_parameters(model):,}')
+
+def prune_units(
+    model:nn.Module, # An adapted model
+    data, # `train` and `validation` blocks
+    share:float, # Of all parameters, to be kept
+    batch_size:int=8, # Blocks at a time
+    blocks:int=64, # Of the training text, to choose and repair on
+) -> dict: # What the model was: loss, perplexity, open heads, channels, parameters
+    "Measure, then prune heads and channels to a share of the parameters."
+    loss = held_loss(model, data['validation'], batch_size)
+    before = dict(loss=loss, perplexity=math.exp(min(loss, 700)), **_counted(model))
+    train = data['train']
+    text = torch.as_tensor(train[:min(blocks, len(train))]['input_ids'])
+    prune(model, params=share, batches=text, progress=False)
+    return before
+
+# %% ../nbs/12_cli.ipynb #c0215
+def _first(data, split, n):
+    "Keep the first blocks of a split"
+    data[split] = data[split].select(range(min(n, len(data[split]))))
+
+def _blocks(o, text, model, tok):
+    "Training and held-out blocks"
+    stream = o.text == 'openwebtext'
+    most = o.max_tokens if stream else None
+    data = lm_dataset(text, tok, o.block_size, model=model, max_tokens=most)
+    if o.max_tokens and not stream:
+        length = len(data['train'][0]['input_ids'])
+        _first(data, 'train', -(-o.max_tokens//length))
+    if o.held: _first(data, 'validation', o.held)
+    return data
+
+# %% ../nbs/12_cli.ipynb #c0216
+def _prepare(o, args):
     "Text, tokenizer, model and folder, the cheapest check first"
     text = o.text if o.text in TEXTS else load_text(o.text)
     model, tok = load(o.model, dtype=o.dtype)
-    if tok is None: raise ValueError(f'{o.model} has no tokenizer, so it can\'t read a text; use a model such as {_DEFAULT}')
-    stream = o.text == 'openwebtext'        # else the held-out text stays the same, however much is trained on
-    data = lm_dataset(text, tok, o.block_size, model=model, max_tokens=o.max_tokens if stream else None)
-    if o.max_tokens and not stream: _first(data, 'train', -(-o.max_tokens//len(data['train'][0]['input_ids'])))
-    if o.held: _first(data, 'validation', o.held)
+    if tok is None: raise ValueError(
+        f'{o.model} has no tokenizer, so it can\'t read a text; '
+        f'use a model such as {_DEFAULT}')
+    data = _blocks(o, text, model, tok)
     n = n_steps(args, len(data['train']))
     if n < 2: raise ValueError(
-        f'{len(data["train"])} training blocks make {n} step(s), a run needs 2 or more: use --max_steps, more --num_train_epochs, or a smaller --block_size')
-    if args.save_strategy == 'steps' and args.save_steps > n: args.save_strategy = SaveStrategy.NO    # else it saves at the end
+        f'{len(data["train"])} training blocks make {n} step(s), '
+        'a run needs 2 or more: use --max_steps, more --num_train_epochs, '
+        'or a smaller --block_size')
+    saves_steps = args.save_strategy == 'steps'
+    if saves_steps and args.save_steps > n:
+        args.save_strategy = SaveStrategy.NO          # it saves at the end
     folder = run_dir(o, args)
     args.output_dir = str(folder)
     return model, tok, data, folder
 
-# %% ../nbs/12_cli.ipynb #c0065
-class _Gates(GateRun): _argument_group_name = 'gates'     # its place in --help
+# %% ../nbs/12_cli.ipynb #c0219
+def _trained(model, tok, data, run, args):
+    "Prune if that is asked for, and train"
+    if run.params is None: return train_gates(model, data, run, args, tokenizer=tok)
+    model.to(args.device)
+    with user_errors('sentinel-train'):
+        n = args.per_device_eval_batch_size
+        before = prune_units(model, data, run.params, n)
+    res = train_gates(model, data, run, args, tokenizer=tok)
+    counts = _counted(res.model)
+    res.before = before
+    res.closed |= counts
+    res.after |= counts
+    return res
 
+def _say_what(o, model, data, folder):
+    "What is about to be trained, in a line"
+    now = model.sentinel.now.heads
+    units = f'{now.heads.n_heads} heads'
+    if now.channels is not None:
+        units += f' and {now.channels.n_channels:,} channels'
+    n = {split: len(blocks) for split, blocks in data.items()}
+    print(f'{o.model}, {units}; {o.text}, {n["train"]} blocks to train on and '
+          f'{n["validation"]} held out; into {folder}', flush=True)
+
+# %% ../nbs/12_cli.ipynb #c0220
+def _train_parser(prog):
+    "The parser, which ends at once where several processes were started"
+    parser = Parser(
+        [RunOptions, Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
+        description='Learn which heads a text needs and close the others, or '
+        'prune heads and channels to a share of the parameters; '
+        'fine-tune, and report.')
+    try: check_one_process()
+    except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
+    return parser
+
+# %% ../nbs/12_cli.ipynb #c0221
 @interruptible
 def train_cli(
     argv:list|None=None, # Arguments; default those of the process
 ) -> int: # Exit code
-    "`sentinel-train`: learn gates and weights on a text, close heads, fine-tune, and leave a run folder with a report."
+    "`sentinel-train`: close or prune units, fine-tune, and report."
     prog, start = 'sentinel-train', time.perf_counter()
-    parser = Parser([RunOptions, _Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
-                    description='Learn which heads a text needs, close the others, fine-tune, and report.')
-    try: check_one_process()
-    except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
-    o, run, args = parser.parse(argv)
+    o, run, args = _train_parser(prog).parse(argv)
     _quiet()
     if o.text == 'python_docs': datasets.disable_progress_bars()
-    with user_errors(prog): model, tok, data, folder = _prepare(o, run, args)
-    n = {k: len(v) for k, v in data.items()}
-    print(f'{o.model}, {model.sentinel.now.heads.n_heads} heads; {o.text}, {n["train"]} blocks to train on and {n["validation"]} held out; into {folder}', flush=True)
-    try: res = train_gates(model, data, run, args, tokenizer=tok)
+    with user_errors(prog): model, tok, data, folder = _prepare(o, args)
+    _say_what(o, model, data, folder)
+    try: res = _trained(model, tok, data, run, args)
     except BaseException:
         if not any(folder.iterdir()): folder.rmdir()
         raise
-    if args.should_save:
-        save_run(folder, o, run, args, res, data, tok, shlex.join([prog, *(sys.argv[1:] if argv is None else argv)]))
-        print(f'\n{text_table(result_rows(res))}\n\n{time.perf_counter() - start:.0f} seconds in all; see {folder}/report.md')
+    if not args.should_save: return 0
+    command = shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
+    save_run(folder, o, run, args, res, data, tok, command)
+    sec = time.perf_counter() - start
+    table = text_table(result_rows(res, _names(run)))
+    print(f'\n{table}\n\n{sec:.0f} seconds in all; see {folder}/report.md')
     return 0

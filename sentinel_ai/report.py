@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['report', 'Dashboard']
 
-# %% ../nbs/11b_report.ipynb #c0002
+# %% ../nbs/11b_report.ipynb #c0101
 import html, io, json, math, os
 import matplotlib, matplotlib.pyplot as plt, torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fastcore.basics import patch
 from matplotlib.collections import QuadMesh
 from pathlib import Path
 from torch import Tensor
@@ -18,186 +19,407 @@ from .io import write_text
 from .gates import gate_values, is_adaptive
 from .measure import HeadStats, measure
 from .train import AdaptiveCallback, Plasticity, TrainResult
-from .viz import open_gates, plot_controller, plot_evolution, plot_gates, plot_loss, plot_open, plot_rows, plot_stats, STATS
+from .viz import STATS, open_channels, open_gates
+from .viz import plot_channels, plot_controller
+from .viz import plot_evolution, plot_gates, plot_loss
+from .viz import plot_open, plot_rows, plot_stats, plot_units
 
-# %% ../nbs/11b_report.ipynb #c0006
+# %% ../nbs/11b_report.ipynb #c0104
 @dataclass
 class _Run:
     "What there is to show of a run; anything may be missing."
     title: str = 'A run'
-    ends: list = field(default_factory=list)     # Dicts with phase, perplexity, open, heads
-    log: list = field(default_factory=list)      # The Trainer's
-    steps: list = field(default_factory=list)    # At which gates were recorded
-    gates: Tensor|None = None                    # `[s l h]`
-    events: list = field(default_factory=list)   # Of the plasticity cycle
-    stages: dict = field(default_factory=dict)   # For `plot_evolution`
-    settings: dict = field(default_factory=dict) # Of dicts
-    closed: float|None = None                    # Step at which heads were closed
-    budget: float|None = None                    # Share to close, where events don't say
-    command: str = ''                            # As it was typed
+    ends: list = field(default_factory=list)   # One dict a phase
+    log: list = field(default_factory=list)    # The Trainer's
+    steps: list = field(default_factory=list)  # Of `gates`
+    gates: Tensor|None = None                  # `[s l h]`
+    channels: Tensor|None = None               # `[l c]`, at the end
+    events: list = field(default_factory=list) # Of the plasticity cycle
+    stages: dict = field(default_factory=dict) # For `plot_evolution`
+    settings: dict = field(default_factory=dict)  # Of dicts
+    closed: float|None = None  # Step at which units were closed
+    what: str = 'heads closed' # What happened then
+    budget: float|None = None  # Share to close, where events don't say
+    command: str = ''          # As it was typed
 
-# %% ../nbs/11b_report.ipynb #c0008
-def _of_folder(d):
+# %% ../nbs/11b_report.ipynb #c0106
+def _floats(rows):
+    "A table of JSON as numbers"
+    return [[math.nan if v is None else v for v in row] for row in rows]
+
+def _bars(rows):
+    "A table of channels from pairs (open, built), one a layer"
+    is_open, built = torch.tensor(rows).T.unsqueeze(-1)
+    number = torch.arange(max(int(built.max()), 1))
+    there, first = number < built, number < is_open
+    return torch.where(there, first.float(), math.nan)
+
+# %% ../nbs/11b_report.ipynb #c0111
+def _closing(gates, last):
+    "When units were closed, and which"
+    if gates.get('params') is not None: return 0, 'heads and channels pruned'
+    if not gates.get('sparsity'): return None, ''
+    if gates['criterion'] == 'random': return 0, 'heads closed'
+    return max(1, round(gates['learn']*last)), 'heads closed'
+
+# %% ../nbs/11b_report.ipynb #c0113
+def _read(folder):
+    "Settings and rows of a run folder"
+    needed = ('run.json', 'metrics.jsonl')
+    missing = [name for name in needed if not (folder/name).is_file()]
+    if missing: raise FileNotFoundError(
+        f'{folder} has no {" and no ".join(missing)}; give a run folder of '
+        'sentinel-train, what train_gates returned, or an AdaptiveCallback')
+    settings = json.loads((folder/'run.json').read_text())
+    lines = (folder/'metrics.jsonl').read_text().splitlines()
+    return settings, [json.loads(line) for line in lines]
+
+# %% ../nbs/11b_report.ipynb #c0114
+def _of_folder(folder):
     "A folder that `sentinel-train` wrote"
-    miss = [f for f in ('run.json', 'metrics.jsonl') if not (d/f).is_file()]
-    if miss: raise FileNotFoundError(
-        f'{d} has no {" and no ".join(miss)}; give a run folder of sentinel-train, what train_gates returned, or an AdaptiveCallback')
-    settings, rows = json.loads((d/'run.json').read_text()), [json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()]
-    gates, run = [r for r in rows if 'gates' in r], settings.get('gates', {})
-    ends, log = [x for x in rows if 'phase' in x], [x for x in rows if 'step' in x and 'gates' not in x]
-    r = _Run(f"{settings['run']['model']} on {settings['run']['text']}", ends, log, [x['step'] for x in gates], settings=settings)
-    if gates: r.gates = torch.tensor([[[math.nan if v is None else v for v in row] for row in g['gates']] for g in gates])
-    r.command, r.budget = settings.pop('command', ''), run.get('sparsity') if run.get('criterion') == 'learned' else None
-    if run.get('sparsity') and r.steps: r.closed = 0 if run['criterion'] == 'random' else max(1, round(run['learn']*r.steps[-1]))
-    return r
+    settings, rows = _read(folder)
+    asked, what = settings.get('gates', {}), settings['run']
+    gates = [row for row in rows if 'gates' in row]
+    run = _Run(f"{what['model']} on {what['text']}", settings=settings)
+    run.ends = [row for row in rows if 'phase' in row]
+    run.log = [row for row in rows
+               if 'step' in row and 'gates' not in row]
+    run.steps = [row['step'] for row in gates]
+    if gates:
+        run.gates = torch.tensor([_floats(row['gates']) for row in gates])
+    bars = [row['open_channels'] for row in rows if 'open_channels' in row]
+    if bars: run.channels = _bars(bars[-1])
+    run.command = settings.pop('command', '')
+    if asked.get('criterion') == 'learned':
+        run.budget = asked.get('sparsity') or None
+    if run.steps: run.closed, run.what = _closing(asked, run.steps[-1])
+    return run
 
-# %% ../nbs/11b_report.ipynb #c0010
+# %% ../nbs/11b_report.ipynb #c0117
+def _name(model):
+    "A short name of a model"
+    name = getattr(model.config, 'name_or_path', '')
+    return Path(name or model.config.model_type).name
+
+def _pruned_channels(model):
+    "The gates of channels, if any of them is closed or was cut out"
+    gates = open_channels(model)
+    if gates is None: return None
+    built = model.sentinel.plan.channels.exists
+    return gates if bool((gates[built] != 1).any()) else None
+
 def _of_result(res):
-    ends = [dict(phase=k, **getattr(res, k)) for k in ('before', 'closed', 'after')]
-    return _Run(_name(res.model), ends, res.log, res.steps, res.gates, settings=dict(run=dict(seconds=round(res.seconds, 1))))
+    "What `train_gates` returned"
+    phases = ('before', 'closed', 'after')
+    ends = [dict(phase=k, **getattr(res, k)) for k in phases]
+    settings = dict(run=dict(seconds=round(res.seconds, 1)))
+    return _Run(_name(res.model), ends, res.log, res.steps, res.gates,
+                _pruned_channels(res.model), settings=settings)
 
-def _name(model): return Path(getattr(model.config, 'name_or_path', '') or model.config.model_type).name
-
-# %% ../nbs/11b_report.ipynb #c0012
-def _of_cycle(cycle, trainer):
-    r = _Run('A plasticity cycle', events=list(cycle.events), log=[] if trainer is None else trainer.state.log_history)
-    r.settings = dict(cycle=dict(controller=type(cycle.controller).__name__, every=cycle.every, prune=cycle.prune, regrow=cycle.regrow,
-                                 compact_every=cycle.compact_every))
-    if cycle.model is None: return r
-    now, r.title = open_gates(cycle.model), _name(cycle.model)
-    r.stages = {f'step {s}': _replayed(now, r.events, s) for s in [0] + [e['step'] for e in r.events][-11:]} if r.events else {'now': now}
-    return r
-
-# %% ../nbs/11b_report.ipynb #c0013
+# %% ../nbs/11b_report.ipynb #c0120
 def _replayed(now, events, step):
-    "Which heads were open after the decision at a step, told backwards from the heads that are open now"
-    g = torch.where(now.isnan(), 0., now)
-    for e in reversed(events):
-        if e['step'] <= step: break
-        for l, h in e['opened']: g[l, h] = 0.
-        for l, h in e['closed']: g[l, h] = 1.
-    return g.ceil() if step != events[-1]['step'] else g
+    "Which heads were open after a step's decision, told backwards"
+    gates = torch.where(now.isnan(), 0., now)
+    for event in reversed(events):
+        if event['step'] <= step: break
+        for l, h in event['opened']: gates[l, h] = 0.
+        for l, h in event['closed']: gates[l, h] = 1.
+    return gates if step == events[-1]['step'] else gates.ceil()
 
-# %% ../nbs/11b_report.ipynb #c0016
+# %% ../nbs/11b_report.ipynb #c0122
+def _of_cycle(cycle, trainer):
+    "A plasticity cycle, and the trainer it ran in"
+    log = [] if trainer is None else trainer.state.log_history
+    run = _Run('A plasticity cycle', events=list(cycle.events), log=log)
+    names = ('every', 'prune', 'regrow', 'compact_every')
+    options = {name: getattr(cycle, name) for name in names}
+    controller = type(cycle.controller).__name__
+    run.settings = dict(cycle=dict(controller=controller, **options))
+    if cycle.model is None: return run
+    run.title = _name(cycle.model)
+    run.channels = _pruned_channels(cycle.model)
+    now = open_gates(cycle.model)
+    steps = [0] + [event['step'] for event in run.events][-11:]
+    if run.events:
+        run.stages = {f'step {s}': _replayed(now, run.events, s)
+                      for s in steps}
+    else: run.stages = {'now': now}
+    return run
+
+# %% ../nbs/11b_report.ipynb #c0124
 def _svg(ax, alt):
     "A picture as text that can stand in a page"
-    for a in ax.figure.findobj(QuadMesh): a.set_rasterized(a.get_array().size > 200)                # many small paths are large, and their seams show
-    out = io.StringIO()
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
-        ax.figure.savefig(out, format='svg', bbox_inches='tight', transparent=True, dpi=160, metadata=dict(Date=None))
-    plt.close(ax.figure)
+    figure, out, alt = ax.figure, io.StringIO(), html.escape(alt)
+    for mesh in figure.findobj(QuadMesh):
+        mesh.set_rasterized(mesh.get_array().size > 200)
+    look = {'svg.fonttype': 'none', 'svg.hashsalt': alt}
+    with matplotlib.rc_context(look):
+        figure.savefig(out, format='svg', bbox_inches='tight', dpi=160,
+                       transparent=True, metadata=dict(Date=None))
+    plt.close(figure)
     svg = out.getvalue()
-    return f'<figure role="img" aria-label="{html.escape(alt)}">{svg[svg.index("<svg"):]}<figcaption>{html.escape(alt)}</figcaption></figure>'
+    drawing = svg[svg.index('<svg'):]
+    return (f'<figure role="img" aria-label="{alt}">{drawing}'
+            f'<figcaption>{alt}</figcaption></figure>')
 
-# %% ../nbs/11b_report.ipynb #c0018
+# %% ../nbs/11b_report.ipynb #c0126
+def _line(row, tag):
+    "One row of a table"
+    cells = ''.join(f'<{tag}>{html.escape(str(x))}</{tag}>' for x in row)
+    return f'<tr>{cells}</tr>'
+
 def _rows(head, rows):
-    cell = lambda t, x: f'<{t}>{html.escape(str(x))}</{t}>'
-    line = lambda r, t: f'<tr>{"".join(cell(t, x) for x in r)}</tr>'
-    return f'<div class="wide"><table>{line(head, "th") if head else ""}{"".join(line(r, "td") for r in rows)}</table></div>'
+    "A table that scrolls by itself; `head` may be empty"
+    lines = [_line(head, 'th')] if head else []
+    lines += [_line(row, 'td') for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
-# %% ../nbs/11b_report.ipynb #c0020
-def _pictures(r, stats):
-    size = lambda w, h: plt.subplots(figsize=(w, h), dpi=80)[1]
-    if r.gates is not None:
-        n = int((~r.gates[0].isnan()).sum())
-        yield _svg(plot_gates(r.gates[-1]), 'Gates at the end: blue is open, orange is closed')
-        yield _svg(plot_open(r.gates, r.steps, size(4.2, 1.6)), 'Share of heads that are open, and the mean gate')
-        yield _svg(plot_rows(r.gates, r.steps, size(4.2, min(7, max(1.6, .05*n)))), 'Every head over time')
-    if any(('loss' in x or 'eval_loss' in x) and 'step' in x for x in r.log):
-        where = [name for k, name in (('loss', 'the training text'), ('eval_loss', 'held-out text')) if any(k in x for x in r.log)]
-        yield _svg(plot_loss(r.log, r.closed, size(4.2, 2.2)), f'Loss on {" and on ".join(where)}')
-    if r.events or any('closed_share' in x for x in r.log):
-        ax = size(4.2, 2.9 if any('lambda1' in x for x in r.log) else 1.7)
-        yield _svg(plot_controller(r.events, r.log, budget=r.budget, ax=ax), 'What is closed, the target, and what decided')
-    if r.stages: yield _svg(plot_evolution(r.stages), 'Heads after each decision: a triangle is one that came back')
-    for n in [n for n in ('entropy_norm', 'fisher', 'use') if n in getattr(stats, 'tables', ())]:
-        yield _svg(plot_stats(stats, n), f'Measured on every head: {STATS[n]}')
+# %% ../nbs/11b_report.ipynb #c0130
+def _size(wide, high): return plt.subplots(figsize=(wide, high), dpi=80)[1]
 
-_PHASES = dict(before='before', closed='heads closed', after='after fine-tuning')
+def _gate_pictures(run):
+    "Which units, since when?"
+    if run.gates is not None:
+        n = int((~run.gates[0].isnan()).sum())
+        map_ = plot_gates(run.gates[-1], channels=run.channels)
+        yield _svg(map_, 'Gates at the end: blue is open, orange is closed')
+        ax = plot_open(run.gates, run.steps, _size(4.2, 1.6))
+        yield _svg(ax, 'Share of heads that are open, and the mean gate')
+        ax = _size(4.2, min(7, max(1.6, .05*n)))
+        plot_rows(run.gates, run.steps, ax)
+        yield _svg(ax, 'Every head over time')
+    elif run.channels is not None:
+        text = 'Channels of each layer: blue is open, orange is closed'
+        yield _svg(plot_channels(run.channels), text)
 
-def _tables(r):
-    heads, number = lambda e: f"{e['open']} of {e['heads']}", lambda x: '' if x is None else f'{x:.3f}'
-    if r.ends: yield 'Before and after', _rows(('', 'loss', 'perplexity', 'open heads'), [
-        (_PHASES.get(e['phase'], e['phase']), f"{e['loss']:.4f}", f"{e['perplexity']:.2f}", heads(e)) for e in r.ends])
-    if r.events: yield 'Decisions', _rows(('step', 'closed', 'came back', 'open', 'target', 'perplexity before', 'cut out'), [
-        (e['step'], len(e['closed']), len(e['opened']), heads(e), number(e.get('target')), number(e.get('perplexity')), 'yes' if e.get('compacted') else '')
-        for e in r.events])
+# %% ../nbs/11b_report.ipynb #c0132
+_TEXTS = dict(loss='the training text', eval_loss='held-out text')
 
-# %% ../nbs/11b_report.ipynb #c0021
+def _loss_pictures(run):
+    "At what loss?"
+    logged = {key for row in run.log if 'step' in row for key in row}
+    where = [text for key, text in _TEXTS.items() if key in logged]
+    if not where: return
+    ax = plot_loss(run.log, run.closed, _size(4.2, 2.2), run.what)
+    yield _svg(ax, f'Loss on {" and on ".join(where)}')
+
+# %% ../nbs/11b_report.ipynb #c0134
+def _decision_pictures(run):
+    "By whose decision?"
+    if run.events or any('closed_share' in row for row in run.log):
+        high = 2.9 if any('lambda1' in row for row in run.log) else 1.7
+        ax = plot_controller(run.events, run.log, budget=run.budget,
+                             ax=_size(4.2, high))
+        yield _svg(ax, 'What is closed, the target, and what decided')
+    if run.stages:
+        text = 'Heads after each decision: a triangle is one that was restored'
+        yield _svg(plot_evolution(run.stages), text)
+
+# %% ../nbs/11b_report.ipynb #c0135
+def _pictures(run, stats):
+    "All pictures, in the order of a reader's questions"
+    yield from _gate_pictures(run)
+    yield from _loss_pictures(run)
+    yield from _decision_pictures(run)
+    measured = getattr(stats, 'tables', ())
+    for name in ('entropy_norm', 'fisher', 'use'):
+        if name not in measured: continue
+        text = f'Measured on every head: {STATS[name]}'
+        yield _svg(plot_stats(stats, name), text)
+
+# %% ../nbs/11b_report.ipynb #c0138
+_PHASES = dict(before='before', closed='heads closed',
+               pruned='heads and channels pruned', after='after fine-tuning')
+
+def _heads(e): return f"{e['open']} of {e['heads']}"
+
+def _ends(run):
+    "The measurements, a row for each phase"
+    known = {key for e in run.ends for key in e}
+    more = [k for k in ('channels', 'parameters') if k in known]
+    head = ('', 'loss', 'perplexity', 'open heads', *more)
+    rows = []
+    for e in run.ends:
+        name = _PHASES.get(e['phase'], e['phase'])
+        loss, perplexity = f"{e['loss']:.4f}", f"{e['perplexity']:.2f}"
+        found = [e.get(k, '') for k in more]
+        rows.append((name, loss, perplexity, _heads(e), *found))
+    return _rows(head, rows)
+
+# %% ../nbs/11b_report.ipynb #c0140
+_DECISION = ('step', 'closed', 'restored', 'open', 'target',
+             'perplexity before', 'cut out')
+
+def _decision(e):
+    "One event as a row"
+    number = lambda x: '' if x is None else f'{x:.3f}'
+    target = number(e.get('target'))
+    perplexity = number(e.get('perplexity'))
+    cut = 'yes' if e.get('compacted') else ''
+    return (e['step'], len(e['closed']), len(e['opened']), _heads(e),
+            target, perplexity, cut)
+
+def _tables(run):
+    "Pairs of a heading and a table"
+    if run.ends: yield 'Before and after', _ends(run)
+    if run.events:
+        rows = map(_decision, run.events)
+        yield 'Decisions', _rows(_DECISION, rows)
+
+# %% ../nbs/11b_report.ipynb #c0143
 _STYLE = '''
-:root{color-scheme:light dark;--paper:#fff;--ink:#1a1a1a;--faint:#6b6b6b;--line:#d9d9d9;--card:#fff}
-@media (prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e6e6e6;--faint:#a0a4a8;--line:#363b41;--card:#e4e7ea}}
-body{background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}p,figcaption,summary{color:var(--faint)}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1a1a1a;
+--faint:#6b6b6b;--line:#d9d9d9;--card:#fff}
+@media (prefers-color-scheme:dark){:root{--paper:#15181c;
+--ink:#e6e6e6;--faint:#a0a4a8;--line:#363b41;--card:#e4e7ea}}
+body{background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;
+max-width:60rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;margin:.5rem 0}
+h2{font-size:1.15rem;margin:2rem 0 .5rem}
+p,figcaption,summary{color:var(--faint)}
 .pictures{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
-figure{margin:0;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem;max-width:100%;box-sizing:border-box}
-figure svg{max-width:100%;height:auto;display:block}figcaption{font-size:.8rem;color:#555;margin-top:.4rem;max-width:26rem}
-.wide{overflow-x:auto}th+th,tr:has(th)~tr td{white-space:nowrap}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{border-bottom:1px solid var(--line);padding:.25rem .7rem .25rem 0;text-align:left;vertical-align:top}
-details{margin:.5rem 0}td{overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere}'''
+figure{margin:0;padding:.75rem;background:var(--card);
+border:1px solid var(--line);border-radius:.5rem;
+max-width:100%;box-sizing:border-box}
+figure svg{max-width:100%;height:auto;display:block}
+figcaption{font-size:.8rem;color:#555;margin-top:.4rem;max-width:26rem}
+.wide{overflow-x:auto}th+th,tr:has(th)~tr td{white-space:nowrap}
+table{border-collapse:collapse;font-size:.9rem;
+font-variant-numeric:tabular-nums}
+th,td{border-bottom:1px solid var(--line);text-align:left;
+padding:.25rem .7rem .25rem 0;vertical-align:top}
+details{margin:.5rem 0}td{overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}'''
 
-def _settings(d):
-    "Settings, one table for each group, folded; what has no value is left out"
-    text = lambda v: v if isinstance(v, str) else json.dumps(v, default=str)
-    plain = {k: v for k, v in d.items() if not isinstance(v, dict)}
-    groups = ({'general': plain} if plain else {}) | {k: v for k, v in d.items() if isinstance(v, dict)}
-    fold = lambda k, g: f'<details><summary>{html.escape(k)}</summary>{_rows((), [(a, text(b)) for a, b in g.items() if b is not None])}</details>'
-    return ''.join(fold(k, g) for k, g in groups.items())
+# %% ../nbs/11b_report.ipynb #c0145
+def _text(value):
+    "Strings as they are, anything else as JSON"
+    if isinstance(value, str): return value
+    return json.dumps(value, default=str)
 
+def _fold(name, group):
+    "One group of settings, folded"
+    rows = [(k, _text(v)) for k, v in group.items() if v is not None]
+    summary = f'<summary>{html.escape(name)}</summary>'
+    return f'<details>{summary}{_rows((), rows)}</details>'
+
+def _settings(settings):
+    "Settings, one table for each group; those without a group first"
+    plain = {k: v for k, v in settings.items() if not isinstance(v, dict)}
+    groups = {'general': plain} if plain else {}
+    groups |= {k: v for k, v in settings.items() if isinstance(v, dict)}
+    return ''.join(_fold(name, group) for name, group in groups.items())
+
+# %% ../nbs/11b_report.ipynb #c0148
+def _sentence(ends):
+    "What was closed, in a sentence"
+    if len(ends) < 2: return ''
+    first, last = ends[0]['open'], ends[-1]['open']
+    return f'<p>{first - last} of {first} open heads were closed.</p>'
+
+def _body(run, stats):
+    "The parts of the page"
+    yield f'<h1>{html.escape(run.title)}</h1>{_sentence(run.ends)}'
+    for name, table in _tables(run): yield f'<h2>{name}</h2>{table}'
+    pictures = ''.join(_pictures(run, stats))
+    if pictures:
+        yield f'<h2>Pictures</h2><div class="pictures">{pictures}</div>'
+    command = html.escape(run.command)
+    if command:
+        yield f'<h2>How to run it again</h2><pre>{command}</pre>'
+    if run.settings: yield f'<h2>Settings</h2>{_settings(run.settings)}'
+
+# %% ../nbs/11b_report.ipynb #c0149
+def _page(run, stats):
+    "A run as a page"
+    look = 'width=device-width,initial-scale=1'
+    head = ('<meta charset="utf-8">'
+            f'<meta name="viewport" content="{look}">'
+            f'<title>{html.escape(run.title)}</title>'
+            f'<style>{_STYLE}</style>')
+    body = ''.join(_body(run, stats))
+    return (f'<!doctype html><html lang="en"><head>{head}</head>'
+            f'<body>{body}</body></html>\n')
+
+# %% ../nbs/11b_report.ipynb #c0151
+def _run_of(run):
+    "Any of the three kinds of runs"
+    if isinstance(run, (str, os.PathLike)): return _of_folder(Path(run))
+    if isinstance(run, TrainResult): return _of_result(run)
+    if isinstance(run, (AdaptiveCallback, Plasticity)):
+        cycle = getattr(run, 'cycle', run)
+        return _of_cycle(cycle, getattr(run, 'trainer', None))
+    raise TypeError(
+        f'{type(run).__name__} is no run; give a folder of sentinel-train, '
+        'a TrainResult, an AdaptiveCallback or a Plasticity')
+
+# %% ../nbs/11b_report.ipynb #c0152
 def report(
-    run, # A folder of `sentinel-train`, a `TrainResult`, an `AdaptiveCallback`, or a `Plasticity`
-    path:str|os.PathLike|None=None, # The file to write; default `report.html` in the folder, or here
-    stats:HeadStats|None=None, # Measured on the model, for one more picture
+    run, # Folder, `TrainResult`, `AdaptiveCallback` or `Plasticity`
+    path:str|os.PathLike|None=None, # Default `report.html` in the folder
+    stats:HeadStats|None=None, # For three more pictures
 ) -> Path: # The file
-    "Write a run as one HTML file that needs no other: tables, pictures, settings. Raises `TypeError` for what isn't a run."
-    folder = Path(run) if isinstance(run, (str, os.PathLike)) else None
+    "A run as one HTML file. Raises `TypeError` for what isn't a run."
     if path is not None and not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f'{path}: its folder does not exist; make it, or give another path')
-    if folder is not None: r = _of_folder(folder)
-    elif isinstance(run, TrainResult): r = _of_result(run)
-    elif isinstance(run, (AdaptiveCallback, Plasticity)): r = _of_cycle(getattr(run, 'cycle', run), getattr(run, 'trainer', None))
-    else: raise TypeError(f'{type(run).__name__} is no run; give a folder of sentinel-train, a TrainResult, an AdaptiveCallback or a Plasticity')
-    parts = [f'<h1>{html.escape(r.title)}</h1>']
-    if len(r.ends) > 1: parts.append(f'<p>{r.ends[0]["open"] - r.ends[-1]["open"]} of {r.ends[0]["open"]} open heads were closed.</p>')
-    parts += [f'<h2>{name}</h2>{t}' for name, t in _tables(r)]
-    if pictures := ''.join(_pictures(r, stats)): parts.append(f'<h2>Pictures</h2><div class="pictures">{pictures}</div>')
-    if r.command: parts.append(f'<h2>How to run it again</h2><pre>{html.escape(r.command)}</pre>')
-    if r.settings: parts.append(f'<h2>Settings</h2>{_settings(r.settings)}')
-    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{html.escape(r.title)}</title><style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n')
-    path = Path(path) if path is not None else (folder or Path())/'report.html'
+        raise FileNotFoundError(
+            f'{path}: its folder does not exist; make it, or give another path')
+    page = _page(_run_of(run), stats)
+    home = Path(run) if isinstance(run, (str, os.PathLike)) else Path()
+    path = home/'report.html' if path is None else Path(path)
     write_text(path, page)
     return path
 
-# %% ../nbs/11b_report.ipynb #c0031
+# %% ../nbs/11b_report.ipynb #c0163
+_NO_WRITER = ("there is no TensorBoard writer to send pictures to: "
+              "TrainingArguments(report_to='tensorboard') "
+              'with tensorboard installed, and an AdaptiveTrainer or '
+              'dashboard.join(trainer); or give Dashboard(send=...)')
+
+def _writer(trainer):
+    "The TensorBoard writer among a trainer's callbacks"
+    callbacks = trainer.callback_handler.callbacks if trainer else ()
+    writers = [getattr(c, 'tb_writer', None) for c in callbacks]
+    return next((w for w in writers if w is not None), None)
+
+# %% ../nbs/11b_report.ipynb #c0164
 class Dashboard(TrainerCallback):
-    "Gates and entropies as images, in TensorBoard or wherever `send` takes them."
+    "Gates and entropies as images, in TensorBoard or elsewhere."
     def __init__(self,
-        send:Callable|None=None, # `send(name, figure, step)`; default the writer of `report_to='tensorboard'`
-        batches=None, # Text to measure entropies on, as for `measure`; default two batches of the evaluation data
+        send:Callable|None=None, # `send(name, figure, step)`
+        batches=None, # For entropies; default two of the evaluation data
     ):
         self.send, self.batches, self.trainer = send, batches, None
 
     def join(self, trainer):
-        "Be told the trainer. An `AdaptiveTrainer` does this by itself; after `trainer.add_callback` to another one, call it."
-        self.trainer = trainer
-        if self.batches is None and trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict):
-            self.batches = [b['input_ids'] for _, b in zip(range(2), trainer.get_eval_dataloader())]
+        "Be told the trainer; with a plain Trainer, call it."
+        self.trainer, data = trainer, trainer.eval_dataset
+        if self.batches is not None or data is None: return
+        if isinstance(data, dict): return
+        loader = trainer.get_eval_dataloader()
+        self.batches = [b['input_ids'] for _, b in zip(range(2), loader)]
 
     def _show(self, name, ax, step):
-        writer = next((w for c in (self.trainer.callback_handler.callbacks if self.trainer else ()) if (w := getattr(c, 'tb_writer', None)) is not None), None)
-        if self.send is None and writer is None: plt.close(ax.figure); raise RuntimeError(
-            "there is no TensorBoard writer to send pictures to: TrainingArguments(report_to='tensorboard') with tensorboard installed, and an AdaptiveTrainer "
-            'or dashboard.join(trainer); or give Dashboard(send=...)')
-        (self.send or writer.add_figure)(name, ax.figure, step)
-        plt.close(ax.figure)
+        "Send one picture. Raises `RuntimeError` if nobody takes it."
+        writer = _writer(self.trainer)
+        try:
+            if self.send is not None: self.send(name, ax.figure, step)
+            elif writer is not None: writer.add_figure(name, ax.figure, step)
+            else: raise RuntimeError(_NO_WRITER)
+        finally: plt.close(ax.figure)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if not (state.is_world_process_zero and 'loss' in (logs or {}) and is_adaptive(model)): return
-        self._show('sentinel/gates', plot_gates(open_gates(model)), state.global_step)
+        if not state.is_world_process_zero: return
+        if 'loss' not in (logs or {}): return
+        if not is_adaptive(model): return
+        self._show('sentinel/gates', plot_units(model), state.global_step)
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or self.batches is None: return
-        stats = measure(model, self.batches, 'entropy', progress=False)
-        gates = gate_values(model, effective=True) if is_adaptive(model) else None           # a compact model's, as its statistics are
-        self._show('sentinel/entropy', plot_stats(stats, ['entropy_norm', 'sink'], gates), state.global_step)
+# %% ../nbs/11b_report.ipynb #c0166
+@patch
+def on_evaluate(self:Dashboard, args, state, control, model=None, **kwargs):
+    if not state.is_world_process_zero or self.batches is None: return
+    stats = measure(model, self.batches, 'entropy', progress=False)
+    gates = None
+    if is_adaptive(model): gates = gate_values(model, effective=True)
+    ax = plot_stats(stats, ['entropy_norm', 'sink'], gates)
+    self._show('sentinel/entropy', ax, state.global_step)
