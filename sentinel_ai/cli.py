@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMISES', 'STEPS', 'Parser', 'opt', 'need', 'user_errors', 'interruptible', 'load', 'default_model',
-           'GenerateOptions', 'generate_cli', 'gate_grid', 'spans', 'channel_lines', 'sites_now', 'InspectOptions',
+           'GenerateOptions', 'generate_cli', 'gate_grid', 'spans', 'channel_lines', 'coverage_lines', 'InspectOptions',
            'inspect_cli', 'spread', 'zeroed', 'causal', 'Compat', 'check', 'CompatOptions', 'compat_cli', 'RunOptions',
            'Gates', 'TrainOptions', 'run_dir', 'result_rows', 'text_table', 'md_table', 'versions', 'report',
            'save_run', 'held_loss', 'prune_units', 'train_cli']
@@ -13,7 +13,7 @@ __all__ = ['PROMISES', 'STEPS', 'Parser', 'opt', 'need', 'user_errors', 'interru
 import difflib, functools, json, math, os, platform, re, shlex, sys, time, warnings
 import datasets, torch, transformers, matplotlib.pyplot as plt
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fastcore.basics import patch
 from pathlib import Path
 from statistics import median
@@ -23,8 +23,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from .io import whole, write_text
-from .channels import Sites, sites
-from .heads import core_linear, in_dim, random_model
+from .channels import sites
+from .heads import core_linear, in_dim, text_table
+from .testing import random_model
 from .gates import adapt, gate_values, set_gates, unadapt
 from .surgery import compact, expand, model_size
 from .choose import closed_cost, units_of
@@ -325,23 +326,16 @@ def channel_lines(
     return [f'{spans(layers)}  {text}' for layers, text in lines]
 
 # %% ../nbs/12_cli.ipynb #c0135
-def _embeddings(model):
-    "Parameters of embeddings and of the language-model head, each once"
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables += [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = [p for m in tables if m is not None for p in m.parameters()]
-    return sum({id(p): p.numel() for p in found}.values())
-
-def sites_now(
+def coverage_lines(
     model:nn.Module, # An adapted model, compact or not
-) -> Sites:
-    "Where units are now, with the parameters that they hold now."
-    now = model.sentinel.now.heads
-    channels = now.channels.channel_params() if now.channels else 0
-    parts = now.parts | dict(heads=now.heads.head_params(), channels=channels,
-                             embeddings=_embeddings(model))
-    others = sum(n for name, n in parts.items() if name != 'rest')
-    return replace(now, parts=parts | dict(rest=model_size(model) - others))
+) -> str:
+    "Who holds how many of the model's parameters now, its gates not counted."
+    parts = model.sentinel.now.parts(model)
+    gates = sum(p.numel() for name, p in model.named_parameters() if 'sentinel' in name)
+    parts['rest'] -= gates
+    total = sum(parts.values())
+    rows = [(part, f'{n:,}', f'{n/total:.0%}') for part, n in parts.items()]
+    return text_table([('part', 'parameters', 'share'), *rows])
 
 def _memory(model):
     "Parameters, their types, what they take in memory, and the gates"
@@ -385,11 +379,11 @@ def _count(values): return int((values > 0).sum())
 
 def _inspected(model):
     "What there is to say about a model, in paragraphs"
-    state, found = model.sentinel, sites_now(model)
+    state, found = model.sentinel, model.sentinel.now
     heads, plan = open_gates(model), state.plan
     yield repr(found.heads)
     if found.channels is not None: yield repr(found.channels)
-    yield f'{found}\n{_memory(model)}'
+    yield f'{coverage_lines(model)}\n{_memory(model)}'
     yield (f'heads by layer, {_count(heads)} of {sum(plan.built)} open '
            '(● open, ○ closed, × cut out, digits tenths):\n'
            f'{gate_grid(heads, plan.exists)}')
@@ -429,7 +423,7 @@ def spread(
     kind:str='heads', # 'heads' or 'channels'
 ) -> dict: # `{(layer, unit): 0.}`, for `set_gates`
     "A quarter of the units, spread over layers and over places in the layer."
-    found = getattr(model.sentinel.now.heads, kind)
+    found = getattr(model.sentinel.now, kind)
     return {(site.layer, unit): 0. for i, site in enumerate(found or ())
             for unit in range(site.n) if (unit + i) % 4 == 0}
 
@@ -594,7 +588,7 @@ def check(
     generate, run = _runner(model, ids, tokens)
     plain, res = run(), Compat(name, getattr(model.config, 'model_type', '?'))
     adapt(model)
-    now, opened = model.sentinel.now.heads, run()
+    now, opened = model.sentinel.now, run()
     heads, channels = spread(model), spread(model, 'channels')
     set_gates(model, heads)
     if channels: set_gates(model, channels, kind='channels')
@@ -1040,7 +1034,7 @@ def held_loss(
 
 def _parameters(model):
     "Parameters that a model has without its closed units"
-    now, closed = model.sentinel.now.heads, 0.
+    now, closed = model.sentinel.now, 0.
     for kind in ('heads', 'channels'):
         found = getattr(now, kind)
         if found is None: continue
@@ -1129,7 +1123,7 @@ def _trained(model, tok, data, run, args):
 
 def _say_what(o, model, data, folder):
     "What is about to be trained, in a line"
-    now = model.sentinel.now.heads
+    now = model.sentinel.now
     units = f'{now.heads.n_heads} heads'
     if now.channels is not None:
         units += f' and {now.channels.n_channels:,} channels'
