@@ -17,10 +17,12 @@ from .heads import (AttnSite, UnsupportedArchitecture, base_model,
 from .plan import HeadPlan, grown_heads
 from .state import built_heads, state_of, transaction, will_write
 from .gates import adapt, gate_values
-from .surgery import (
-    all_back, apply_plan, check_ready, differing_layers, full_param,
-    head_places, head_slices, look_before, model_size, param_at, replay,
-    shape_layer, unwire_attention, widen_map, wire_attention)
+from .heads import param_at
+from .surgery import all_back, apply_plan, check_ready, full_param
+from .surgery import head_slices, model_size, replay
+from .surgery import shape_layer, widen_map
+from .verify import differing_layers, look_before
+from .wiring import unwire_attention, wire_attention
 from .regrow import drawn, strength
 from .layers import grow_layers
 
@@ -149,7 +151,7 @@ def _owners(hm):
     "`{id of a parameter: layers that read heads from it}`."
     owner = {}
     for s in hm:
-        for name in head_places(s, s, range(s.n_heads)):
+        for name in s.places(range(s.n_heads)):
             p = param_at(s.attn, name)
             owner.setdefault(id(p), set()).add(s.layer)
     return owner
@@ -342,7 +344,7 @@ def _drop_layer(m, big, old, names, optimizer):
     keep = [h for h in now if h < old.n_heads]
     shape_layer(big, now, keep, columns, state.stash,
                 names, optimizer, state.config)
-    places = head_places(big, old, range(old.n_heads))
+    places = big.places(range(old.n_heads))
     for name, (dim, _, idx) in places.items():
         p = param_at(old.attn, name)
         _renumber_back(state.stash[names[id(p)]], dim, idx)

@@ -15,8 +15,9 @@ from .heads import (UnsupportedArchitecture, core_linear, in_dim,
 from .plan import grown_heads
 from .state import built_heads, is_compact, transaction
 from .gates import adapt, is_adaptive, plain_class
-from .surgery import (heads_by_layer, model_size, observe_layers,
-                                 unwire_attention, wire_attention)
+from .surgery import heads_by_layer, model_size
+from .verify import observe_layers
+from .wiring import unwire_attention, wire_attention
 
 # %% ../nbs/04d_layers.ipynb #c0009
 _LAST = ('down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2|wo|out_proj|o_proj|'

@@ -18,7 +18,8 @@ from .heads import base_model, core_linear, out_features
 from .gates import (AdaptiveMixin, GateConfig, adapt, adaptive_class, is_merged, unmerged_state,
                                plain_class, save_plain)
 from .state import RepairLog
-from .surgery import HeadPlan, full_param, replay, model_size, unwire_attention, wire_attention
+from .surgery import HeadPlan, full_param, replay, model_size
+from .wiring import unwire_attention, wire_attention
 from .memory import HeadMemory
 from .unet import add_skips
 from .agency import Agency

@@ -358,18 +358,18 @@ def test_what_is_refused():
 
 def test_a_difference_is_noticed_and_undone(monkeypatch):
     "If a layer doesn't compute what it did, its rows stay; if that doesn't help either, all is as before."
-    import sentinel_ai.surgery as S
+    from sentinel_ai import heads
     model = masked('llama', 1)
     want, sd = logits(model), state(model)
-    rows = S._rows_of
-    monkeypatch.setattr(S, '_rows_of', lambda *a: rows(*a).flip(0))
+    rows = heads._kept_rows
+    monkeypatch.setattr(heads, '_kept_rows', lambda *a: rows(*a).flip(0))
     with pytest.warns(UserWarning, match='only columns'): plan = compact(model)
     close(logits(model), want)
     assert plan.columns
     expand(model)
-    real = S.head_places
-    monkeypatch.setattr(S, 'head_places', lambda s0, s1, keep, columns=False: {
-        k: (d, n, i.flip(0) if 'o_proj' in k and len(keep) < s0.n_heads else i) for k, (d, n, i) in real(s0, s1, keep, columns).items()})
+    real = heads.AttnSite.places
+    monkeypatch.setattr(heads.AttnSite, 'places', lambda site, keep, columns=False: {
+        k: (d, n, i.flip(0) if 'o_proj' in k and len(keep) < site.n_heads else i) for k, (d, n, i) in real(site, keep, columns).items()})
     with pytest.raises(UnsupportedArchitecture, match='The model is as it was'): compact(model)
     assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact
 

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import IDS, KINDS, attempt, differences, fail_at_line, fail_at_op, picture  # noqa: E402
 from test_matrix import build  # noqa: E402
 
-from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, expand, grow,  # noqa: E402
-                         harden_gates, load_checkpoint, measure, merge_gates, prune, regrow, remove_skips, restore,
-                         save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
+from sentinel_ai import (Agency, GateConfig, HeadMemory, HeadPlan, adapt, add_skips, close_heads, compact,  # noqa: E402
+                         expand, grow, harden_gates, load_checkpoint, measure, merge_gates, prune, regrow,
+                         remove_skips, restore, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
 from sentinel_ai.pruning import undo_repair  # noqa: E402
-from sentinel_ai.state import _LOCAL  # noqa: E402
-from sentinel_ai.surgery import reattach  # noqa: E402
+from sentinel_ai.state import _LOCAL, built_sites  # noqa: E402
+from sentinel_ai.surgery import reattach, replay  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 
 FAULTS = int(os.environ.get('FAULTS', 1))
@@ -138,6 +138,7 @@ EDITS = {
     'compact-agency': (lambda n, p: pruned(n, p, agency=True), lambda s: compact(s.model, optimizer=s.optimizer)),
     'expand': (compacted, lambda s: expand(s.model, s.optimizer)),
     'reattach': (compacted, lambda s: reattach(s.model, removed(s)[:1], s.optimizer)),
+    'replay': (free, lambda s: replay(s.model, without_a_head(s.model))),
     'unprune': (compacted, lambda s: unprune(s.model, s.optimizer)),
     'undo_repair': (pruned, lambda s: undo_repair(s.model)),
     'regrow-memory': (compacted, lambda s: regrow(s.model, removed(s)[:2], optimizer=s.optimizer)),
@@ -173,6 +174,13 @@ EDITS = {
     'memory-remember': (trained, lambda s: s.memory.remember(s.model, [(0, 1), (1, 2)], optimizer=s.optimizer)),
     'memory-release': (compacted, lambda s: s.memory.release(s.model)),
 }
+
+
+def without_a_head(model):
+    "The plan that prunes head 1 of layer 0."
+    plan = HeadPlan.of(built_sites(model))
+    plan.keep[0, 1] = False
+    return plan
 
 
 def withdrawn(name, path):
