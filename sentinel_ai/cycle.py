@@ -14,7 +14,8 @@ from fastcore.basics import patch, store_attr
 from transformers import TrainerCallback
 from .gates import adapt, base_model, gate_values
 from .surgery import HeadPlan, compact, head_slices, original_heads
-from .pruning import REPAIRS, close_heads
+from .pruning import close_heads
+from .repair import REPAIRS
 from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
 from .checkpoint import sync_optimizer, unwrapped

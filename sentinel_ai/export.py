@@ -13,7 +13,7 @@ from .io import whole
 from .heads import (
     HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, head_map, in_dim)
 from .gates import plain_class
-from .pruning import BIAS_FLAGS
+from .repair import BIAS_FLAGS
 from .layout import (
     Exported, Kept, check_free, check_same, even_layout, exported, kept_heads,
     layout_cost, layout_slots, out_weight, own_tensors, probe_logits,

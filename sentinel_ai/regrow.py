@@ -19,7 +19,7 @@ from .measure import HeadStats, measure
 from .surgery import (HeadPlan, check_ready, full_param, head_slices, local_head, original_heads,
                                  put_full, reattach)
 from .state import transaction, will_write
-from .pruning import (check_free, out_weight, repair_share,
+from .repair import (check_free, out_weight, remove_bridge, repair_share,
                                  shift_repair)
 from .memory import read_head, sole, write_head
 from .unet import mirror
@@ -564,6 +564,7 @@ def plant(self:_Seed, key, known):
 def plant_all(self:_Seed, heads):
     "Plant all heads; what is taken off for each."
     removed = [key for key in heads if local_head(self.m, *key) is None]
+    for layer in dict.fromkeys(l for l, _ in heads): remove_bridge(self.m, 'heads', layer)
     if removed: reattach(self.m, removed, self.optimizer, blank=True)
     known = {key: self.known(key, key in removed) for key in heads}
     self.check(known)
@@ -581,6 +582,7 @@ def _exact_layers(m, heads):
         names = [n for n in out_weight(m, l)[:2] if n in changed]
         is_same = lambda n: torch.equal(full_param(m, n), changed[n][1])
         if not names or not all(map(is_same, names)): continue
+        if any(f"{b['name']}.weight" in names for b in m.sentinel.repairs.bridges.values()): continue
         res[l] = {n: changed[n][0] for n in names}
     return res
 

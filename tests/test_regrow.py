@@ -276,3 +276,43 @@ def test_the_mirror_is_asked():
         partner = [2*abs(grad[L-1-l, h]) for h in range(grad.shape[1]) if plan.keep[L-1-l, h]]
         mean = sum(partner)/len(partner) if partner else torch.tensor(0.)
         torch.testing.assert_close(wish(stats, plan, 'mirror')[l], grad[l].abs() + mean)
+
+
+def emptied(name, kind, monkeypatch):
+    "A model of which the second attention or MLP is pruned altogether, with another one in its place."
+    from sentinel_ai import repair
+    from sentinel_ai.channels import sites
+    losses = iter(range(100, 0, -1))                 # each bridge is kept
+    monkeypatch.setattr(repair, 'text_loss', lambda m, batches: next(losses))
+    model = build(name)
+    plain, found = logits(model), sites(model)
+    site = [s for s in found if s.kind == kind][1]
+
+    def worth(stats):
+        is_kind = (stats.shape[1] > 8) == (kind == 'channels')
+        is_site = (torch.arange(stats.shape[0]) == site.layer) & is_kind
+        return torch.where(is_site[:, None], 1e-6, 1.).expand(stats.shape)
+    cost = site.cost()*site.n if kind == 'channels' else found.heads.head_params()/len(found.heads)
+    prune(model, params=int(found.heads.n_params - cost), batches=CALIB, criterion=worth, repair='linear', rounds=1, progress=False)
+    assert list(model.sentinel.repairs.bridges) == [(kind, site.layer)]
+    return model, site, plain
+
+
+@pytest.mark.parametrize('cut', [False, True])
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_a_bridge_is_taken_off_when_the_heads_behind_it_are_restored(name, cut, monkeypatch):
+    model, site, plain = emptied(name, 'heads', monkeypatch)
+    if cut: compact(model)
+    regrow(model, [(site.layer, h) for h in range(site.n)])
+    assert not model.sentinel.repairs.bridges
+    near(logits(model), plain)
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_a_bridge_stays_when_the_heads_that_carry_it_are_restored(name, monkeypatch):
+    model, site, _ = emptied(name, 'channels', monkeypatch)
+    want = logits(model)
+    close_heads(model, [(site.layer, 0)], CALIB)
+    regrow(model, [(site.layer, 0)])
+    assert list(model.sentinel.repairs.bridges) == [('channels', site.layer)]
+    near(logits(model), want)
