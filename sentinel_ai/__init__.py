@@ -3,8 +3,9 @@ __version__ = "0.1.0"
 from .testing import random_model
 from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, register_arch
 from .channels import ChannelMap, MlpSite, channel_map, register_mlp
-from .gates import (AdaptiveMixin, GateConfig, adapt, closed_share, gate_penalty, gate_values, harden_gates, is_adaptive, is_merged,
-                    merge_gates, set_gates, unadapt, unmerge_gates)
+from .gates import AdaptiveMixin, GateConfig, adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt
+from .budget import closed_share, gate_penalty, harden_gates
+from .merge import merge_gates, unmerge_gates
 from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
 from .pruning import close_heads, prune, undo_repair, unprune

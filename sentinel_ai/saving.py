@@ -15,8 +15,9 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from .io import settle, staged, write_tensors, write_text
 from .heads import base_model, core_linear, out_features
-from .gates import (AdaptiveMixin, GateConfig, adapt, adaptive_class, is_merged, unmerged_state,
-                               plain_class, save_plain)
+from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class
+from .gates import is_merged, plain_class, save_plain
+from .merge import unmerged_state
 from .state import RepairLog
 from .surgery import HeadPlan, full_param, replay, model_size, unwire_attention, wire_attention
 from .memory import HeadMemory

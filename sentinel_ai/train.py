@@ -20,9 +20,9 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 from .io import read_state, staged, write_text
 from .heads import UNITS
 from .choose import lowest
-from .gates import GateConfig, adapt, base_model, closed_share
-from .gates import gate_penalty, gate_values, harden_gates, is_adaptive
-from .gates import set_gates, settings_table
+from .gates import GateConfig, adapt, base_model, gate_values
+from .gates import is_adaptive, set_gates, settings_table
+from .budget import closed_share, gate_penalty, harden_gates
 from .checkpoint import INNER, MARKER, extend_scheduler, restore, seal
 from .checkpoint import latest_checkpoint, load_optimizer_state
 from .checkpoint import load_rng_state, sync_optimizer, unwrapped, write_run

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, gate_values, head_map, merge_gates, set_gates, unadapt, unmerge_gates
+from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
 from sentinel_ai.choose import lowest
-from sentinel_ai.gates import closed_share, gate_penalty, harden_gates
 from sentinel_ai.heads import core_linear, head_cost
 from sentinel_ai.surgery import HeadPlan, compact, expand, replay
 from sentinel_ai.testing import cache_of, random_model

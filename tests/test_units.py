@@ -13,8 +13,8 @@ import pytest
 import torch
 from sentinel_ai import (GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, prune, set_gates, unadapt,
                          unmerge_gates, unprune)
+from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
 from sentinel_ai.channels import sites
-from sentinel_ai.gates import closed_share, gate_penalty, harden_gates
 from sentinel_ai.heads import core_linear, in_dim
 from sentinel_ai.plan import HeadPlan
 from sentinel_ai.surgery import reattach, replay
