@@ -8,43 +8,57 @@ __all__ = ['export_hf', 'even_layout', 'Kept', 'kept_heads', 'Exported', 'pre_to
 # %% ../nbs/07b_export.ipynb #c0002
 import copy, os, torch
 from dataclasses import dataclass
+from typing import NamedTuple
 from torch import nn, Tensor
 from .io import whole
+from .channels import sites
 from .heads import (
-    HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, head_map, in_dim)
+    HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim)
 from .gates import plain_class
 from .repair import BIAS_FLAGS
 from .layout import (
-    Exported, Kept, check_free, check_same, even_layout, exported, kept_heads,
-    layout_cost, layout_slots, out_weight, own_tensors, probe_logits,
-    slot_rows, take_rows)
+    Exported, Kept, KeptChannels, channel_rows, check_free, check_same, down_weight,
+    even_layout, exported, kept_channels, kept_heads, layout_cost, layout_slots,
+    out_weight, own_tensors, probe_logits, slot_rows, take_rows)
 from .gguf_export import export_gguf, gguf_logits, pre_tokenizer
 
 # %% ../nbs/07b_export.ipynb #c0027
+class _Shape(NamedTuple):
+    "What a config has to say of every layer."
+    heads: int              # Query heads
+    kv_heads: int           # Key/value heads
+    head_dim: int
+    setting: str|None = None  # What the config calls channels; None: as built
+    channels: int|None = None # and how many
+
+    def __str__(self):
+        if self.setting: return f'{self.channels} channels as {self.setting}'
+        return (f'{self.heads} query heads of size {self.head_dim} '
+                f'on {self.kv_heads} key/value heads')
+
 def _cannot(m, shape, why):
     "The error for a shape that the config of this model can't say."
     why = str(getattr(why, '__cause__', None) or why).split(';')[0].rstrip('.')
-    heads, kv_heads, head_dim = shape
     return ValueError(
-        f'{type(m.config).__name__} cannot say {heads} query heads '
-        f'of size {head_dim} on {kv_heads} key/value heads ({why}); '
+        f'{type(m.config).__name__} cannot say {shape} ({why}); '
         'export_hf(..., pad=True) looks for a number that it can say, '
         'and save_pretrained keeps any for readers with sentinel_ai')
 
+# %% ../nbs/07b_export.ipynb #c0105
 def _set_first(cfg, names, value):
     "Set the first of these settings that the config has."
     name = next((name for name in names if hasattr(cfg, name)), None)
     if name: setattr(cfg, name, value)
 
-# %% ../nbs/07b_export.ipynb #c0105
 def _say(cfg, shape, flags):
     "Write a shape into a config, and let the config check itself."
-    heads, kv_heads, head_dim = shape
-    _set_first(cfg, HEAD_COUNTS, heads)
-    _set_first(cfg, KV_COUNTS, kv_heads)
-    follows = not hasattr(cfg, 'head_dim') and heads*head_dim == cfg.hidden_size
-    same = getattr(cfg, 'head_dim', None) == head_dim
-    if not same and not follows: cfg.head_dim = head_dim
+    _set_first(cfg, HEAD_COUNTS, shape.heads)
+    _set_first(cfg, KV_COUNTS, shape.kv_heads)
+    all_heads = shape.heads*shape.head_dim == cfg.hidden_size
+    follows = not hasattr(cfg, 'head_dim') and all_heads
+    same = getattr(cfg, 'head_dim', None) == shape.head_dim
+    if not same and not follows: cfg.head_dim = shape.head_dim
+    if shape.setting: setattr(cfg, shape.setting, shape.channels)
     for flag in flags: setattr(cfg, flag, True)
     if hasattr(cfg, 'validate'): cfg.validate()   # loading would do it too
 
@@ -57,18 +71,47 @@ def _config(m, shape, flags=()):
     return cfg
 
 # %% ../nbs/07b_export.ipynb #c0028
+def _check_skeleton(m, found, shape):
+    "Is the skeleton of the shape that the config was told?"
+    for site in found.heads:
+        has = _Shape(site.n_heads, site.n_kv_heads, site.head_dim)
+        if has != shape[:3] + (None, None):
+            raise _cannot(m, shape, f'layer {site.layer} would have {has}')
+    if shape.setting is None: return
+    for site in found.channels:
+        if site.n != shape.channels:
+            raise _cannot(m, shape, f'layer {site.layer} would have {site.n}')
+
 def _skeleton(m, shape, flags=()):
-    "A model of the same class without data, and the sites of its heads by layer."
+    "A model of the same class without data, and where its units are."
+    shape = _Shape(*shape)
     cfg = _config(m, shape, flags)
     try:
         with torch.device('meta'): new = plain_class(m)(cfg)
-        sites = {site.layer: site for site in head_map(new)}
+        found = sites(new)
     except Exception as e: raise _cannot(m, shape, e) from e
-    for site in sites.values():
-        if (site.n_heads, site.n_kv_heads, site.head_dim) == shape: continue
-        raise _cannot(m, shape, f'layer {site.layer} would have {site.n_heads} '
-                                f'of size {site.head_dim} on {site.n_kv_heads}')
-    return new, sites
+    _check_skeleton(m, found, shape)
+    return new, found
+
+# %% ../nbs/07b_export.ipynb #c0133
+_CHANNEL_SETTINGS = (
+    'intermediate_size', 'ffn_dim', 'n_inner', 'ffn_hidden_size', 'd_ff',
+    'dim_ff', 'shared_expert_intermediate_size')
+
+def _with_channels(m, shape, n):
+    "The same shape, with `n` channels in every MLP."
+    _skeleton(m, shape)                  # what is wrong with heads is said first
+    names = [name for name in _CHANNEL_SETTINGS if hasattr(m.config, name)]
+    for name in names:
+        new = shape._replace(setting=name, channels=n)
+        try: _skeleton(m, new)
+        except ValueError: continue
+        return new
+    raise ValueError(
+        f'{type(m.config).__name__} has no setting '
+        f'that gives every MLP {n} channels '
+        f'(tried: {", ".join(names) or "none is there"}); '
+        'save_pretrained keeps any number for readers with sentinel_ai')
 
 # %% ../nbs/07b_export.ipynb #c0109
 _WAYS_OUT = (
@@ -103,7 +146,7 @@ def _candidates(some):
 def _pad(m, kept, some):
     "The cheapest shape that holds every layer and that the config can say."
     for group, n in _candidates(some):
-        shape = (group*n, n, some[0].site.head_dim)
+        shape = _Shape(group*n, n, some[0].site.head_dim)
         try: _skeleton(m, shape)
         except ValueError: continue
         for k in kept: k.layout = even_layout(k.kv, group, *shape[:2])
@@ -114,25 +157,56 @@ def _pad(m, kept, some):
 
 # %% ../nbs/07b_export.ipynb #c0111
 def _common(m, kept, pad):
-    "One shape for all layers; sets the layout of each."
+    "One number of heads for all layers; sets the layout of each."
     some = [k for k in kept if k.site]
     if not some: raise ValueError(
         'no layer has a head left; a plain checkpoint needs at least one')
     if pad: return _pad(m, kept, some)
     for k in kept: _fit(k, some[0])
     heads, kv_heads = map(len, some[0].layout)
-    return heads, kv_heads, some[0].site.head_dim
+    return _Shape(heads, kv_heads, some[0].site.head_dim)
+
+# %% ../nbs/07b_export.ipynb #c0136
+def _check_even(mlps):
+    "Raise `ValueError` where layers keep different numbers of channels, or none."
+    first = mlps[0]
+    out = (
+        'export_hf(..., pad=True) fills up with channels of zeros; '
+        'save_pretrained keeps any number '
+        'for readers with sentinel_ai, and export_gguf for llama.cpp')
+    for k in mlps:
+        if len(k.channels) == len(first.channels): continue
+        raise ValueError(
+            f'layer {k.layer} keeps {len(k.channels)} channels and layer '
+            f'{first.layer} keeps {len(first.channels)}; a config needs '
+            f'the same number in every layer: {out}')
+    if not first.channels: raise ValueError(
+        f'no layer keeps a channel, where a config needs at least one: {out}')
+
+def _as_built(m, mlps, shape):
+    "Has every MLP, with nothing closed, the channels that the config says?"
+    if not all(k.whole for k in mlps): return False
+    found = _skeleton(m, shape)[1].channels
+    return all(found.sites[k.layer].n == k.site.n for k in mlps)
+
+def _fit_channels(m, mlps, shape, pad):
+    "The shape with one number of channels for all layers; sets the slots of each."
+    if _as_built(m, mlps, shape): return shape
+    if not pad: _check_even(mlps)
+    n = max([1, *(len(k.channels) for k in mlps)])
+    new = _with_channels(m, shape, n)
+    for k in mlps: k.slots = k.channels + [-1]*(n - len(k.channels))
+    return new
 
 # %% ../nbs/07b_export.ipynb #c0030
-def _check_separable(m, kept, heads):
-    "Refuse architectures in which a missing head changes what others compute."
-    as_built = heads == first_attr(m.config, HEAD_COUNTS)
-    for k in kept:
+def _check_separable(units, as_built):
+    "Refuse architectures in which a missing unit changes what others compute."
+    for k in units:
         if not k.site or not k.site.stay: continue
         if k.whole and as_built: continue
         raise ValueError(
-            f'layer {k.layer} ({type(k.site.attn).__name__}) '
-            'computes a norm or a mask from all heads, '
+            f'layer {k.layer} ({type(k.site.module).__name__}) '
+            f'computes a norm or a mask from all {k.site.kind}, '
             'so a plain checkpoint cannot leave any out; '
             'save_pretrained can, for readers with sentinel_ai')
 
@@ -162,10 +236,19 @@ def _with_biases(m, shape):
 class _Move:
     "Places in a new tensor and what fills them."
     new: Tensor            # A tensor of the skeleton
-    dim: int               # Its dimension that holds heads
+    dim: int               # Its dimension that holds units
     put: Tensor|None       # Places in it
     old: Tensor|None       # The model's; None: zeros
     take: Tensor|None      # Places in that, -1 for zeros
+
+def _rows(new, put, old, take):
+    "The moves of a projection's weight and bias."
+    new = core_linear(new)
+    if old is not None: old = core_linear(old)
+    weight = getattr(old, 'weight', None)
+    yield _Move(new.weight, 1-in_dim(new), put, weight, take)
+    if getattr(new, 'bias', None) is None: return
+    yield _Move(new.bias, 0, put, getattr(old, 'bias', None), take)
 
 def _projections(k, to):
     "The moves of queries, keys and values."
@@ -175,15 +258,11 @@ def _projections(k, to):
         parts = [part for part in 'qkv' if to.proj.get(part) == name]
         rows = [to.rows(part, h)[1] for part in parts for h in heads[part]]
         put = torch.cat(rows)
-        new = core_linear(to.attn.get_submodule(name))
         old = take = None
         if k.site:
-            old = core_linear(k.site.attn.get_submodule(name))
+            old = k.site.attn.get_submodule(name)
             take = torch.cat([slot_rows(k, part).flatten() for part in parts])
-        weight = getattr(old, 'weight', None)
-        yield _Move(new.weight, 1-in_dim(new), put, weight, take)
-        if getattr(new, 'bias', None) is None: continue
-        yield _Move(new.bias, 0, put, getattr(old, 'bias', None), take)
+        yield from _rows(to.attn.get_submodule(name), put, old, take)
 
 # %% ../nbs/07b_export.ipynb #c0118
 def _extras(k, to):
@@ -208,15 +287,38 @@ def _moved(move):
     taken = take_rows(move.old.detach(), move.dim, move.take)
     return filled.index_copy_(move.dim, move.put, taken.to(filled))
 
+# %% ../nbs/07b_export.ipynb #c0140
+def _channel_moves(k, to):
+    "The moves of an MLP's channels, without its down projection."
+    for name in dict.fromkeys(to.proj.values()):
+        parts = [part for part in ('gate', 'up') if to.proj.get(part) == name]
+        put = torch.cat([to.rows(part, range(to.n))[1] for part in parts])
+        take = torch.cat([channel_rows(k, part) for part in parts])
+        new = to.mlp.get_submodule(name)
+        old = k.site.mlp.get_submodule(name)
+        yield from _rows(new, put, old, take)
+    if to.extras: yield from _entries(k, to)
+
+def _entries(k, to):
+    "The moves of parameters with an entry for each channel."
+    slots = torch.tensor(k.slots, dtype=torch.long)
+    for name, dim in to.extras:
+        new = to.mlp.get_parameter(name)
+        old = k.site.mlp.get_parameter(name)
+        if new.shape[dim] != to.n: raise ValueError(
+            f'{name} of layer {k.layer} has {new.shape[dim]} entries for {to.n} '
+            'channels, which cannot be written; use save_pretrained instead')
+        yield _Move(new, dim, torch.arange(to.n), old, slots)
+
 # %% ../nbs/07b_export.ipynb #c0032
 def _output(k, linear):
-    "The output projection's new weight."
+    "The new weight of a projection that writes to the stream."
     if not k.site: return torch.zeros_like(linear.weight, device='cpu')
-    weight = out_weight(k).cpu()
-    return weight.t().contiguous() if in_dim(linear) == 0 else weight
+    weight = down_weight(k) if isinstance(k, KeptChannels) else out_weight(k)
+    return weight.t().contiguous().cpu() if in_dim(linear) == 0 else weight.cpu()
 
 def _add_rest(res, new, own):
-    "Everything without a share of heads: as it is, and new biases zero."
+    "Everything without a share of units: as it is, and new biases zero."
     for name, t in new.state_dict().items():
         if name not in res and name in own: res[name] = own[name].cpu()
         if name not in res and name.endswith('.bias'):
@@ -224,32 +326,42 @@ def _add_rest(res, new, own):
         if name in res and res[name].shape == t.shape: continue
         have = tuple(res[name].shape) if name in res else 'missing'
         raise ValueError(f'{name} is {have} and would have to be {tuple(t.shape)} '
-                         'with fewer heads; use save_pretrained instead')
+                         'with fewer units; use save_pretrained instead')
 
 # %% ../nbs/07b_export.ipynb #c0122
+def _moves(k, to):
+    "All moves of a layer's units."
+    if k.whole: return ()
+    if isinstance(k, KeptChannels): return _channel_moves(k, to)
+    return (*_projections(k, to), *_extras(k, to))
+
 @torch.no_grad()
-def _fill(new, sites, kept, own):
-    "Weights for the skeleton: heads in their slots, everything else as it is."
-    names = {id(t): name for name, t in new.state_dict(keep_vars=True).items()}
+def _fill(new, found, units, own):
+    "Weights for the skeleton: units in their slots, everything else as it is."
+    names = {}
+    for name, t in new.state_dict(keep_vars=True).items():
+        names.setdefault(id(t), []).append(name)
     res = {}
-    for k in kept:
-        to = sites[k.layer]
+    def put(t, filled): res.update(dict.fromkeys(names[id(t)], filled))
+    for k in units:
+        of_kind = found.channels if isinstance(k, KeptChannels) else found.heads
+        to = of_kind.sites[k.layer]
         out = core_linear(to.out)
-        res[names[id(out.weight)]] = _output(k, out)
-        if k.whole: continue
-        for move in (*_projections(k, to), *_extras(k, to)):
-            res[names[id(move.new)]] = _moved(move)
+        put(out.weight, _output(k, out))
+        for move in _moves(k, to): put(move.new, _moved(move))
     _add_rest(res, new, own)
     return res
 
 # %% ../nbs/07b_export.ipynb #c0126
-def _plain_model(m, kept, pad):
+def _plain_model(m, kept, mlps, pad):
     "A model of the plain class that computes the same."
     shape = _common(m, kept, pad)
-    _check_separable(m, kept, shape[0])
-    new, sites = _with_biases(m, shape)
+    _check_separable(kept, shape.heads == first_attr(m.config, HEAD_COUNTS))
+    shape = _fit_channels(m, mlps, shape, pad)
+    _check_separable(mlps, shape.setting is None)
+    new, found = _with_biases(m, shape)
     new = new.to(m.dtype)
-    weights = _fill(new, sites, kept, own_tensors(m))
+    weights = _fill(new, found, [*kept, *mlps], own_tensors(m))
     new.load_state_dict(weights, assign=True)
     new.tie_weights()
     new.generation_config = copy.deepcopy(m.generation_config)
@@ -260,14 +372,14 @@ def export_hf(
     model:nn.Module, # A decoder, masked or compacted
     dir:str|os.PathLike, # A folder that doesn't exist yet, or an empty one
     tokenizer=None, # Saved beside the model, if given
-    pad:bool=False, # Fill layers up with copied key/value heads and heads of zeros?
+    pad:bool=False, # Fill up with copies, and with units of zeros?
 ) -> Exported: # What was written
-    "Write a plain checkpoint without the closed heads; it is read back and compared."
+    "Write a plain checkpoint without closed units; it is read back and compared."
     from transformers import AutoModelForCausalLM
     m = base_model(model)
     dir = check_free(dir, folder=True)
-    kept = kept_heads(m)
-    plain = _plain_model(m, kept, pad)
+    kept, mlps = kept_heads(m), kept_channels(m)
+    plain = _plain_model(m, kept, mlps, pad)
     _, want = probe_logits(m)
     with whole(dir) as tmp:
         plain.save_pretrained(tmp)
@@ -276,7 +388,7 @@ def export_hf(
         _, got = probe_logits(back)
         error = check_same(got, want, m.dtype, 'the plain checkpoint')
     files = list(dir.glob('*.safetensors'))
-    return exported(dir, kept, m.dtype, m.config.hidden_size, files, error)
+    return exported(dir, kept, mlps, m.dtype, m.config.hidden_size, files, error)
 
 # %% ../nbs/07b_export.ipynb #c0130
 _all_ = [

@@ -19,7 +19,7 @@ def sync(
     path, # A file or a folder
 ):
     "Force what was written to the disk."
-    if os.name == 'nt' and Path(path).is_dir(): return        # Windows opens no folders
+    if os.name == 'nt' and Path(path).is_dir(): return   # Windows opens no folders
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -34,7 +34,8 @@ def sync_tree(
     sync(path)
 
 # %% ../nbs/00d_io.ipynb #c0008
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
+         errno.EACCES, errno.EPERM, errno.EIO}
 
 @contextlib.contextmanager
 def told(
@@ -56,7 +57,7 @@ def told(
 def whole(
     path, # A file or folder that is to be
 ):
-    "A name beside `path` to write to: it takes the place of `path` at the end, or vanishes with the error that stopped the writing."
+    "A name beside `path` to write to; it becomes `path`, or vanishes with an error."
     path = Path(os.path.realpath(path))
     tmp = path.with_name(f'.{path.stem}-{os.getpid()}{path.suffix}')
     try:
@@ -103,7 +104,10 @@ def exchange(
     return False
 
 # %% ../nbs/00d_io.ipynb #c0018
-_NEW, _READY, _GONE = '.sentinel.tmp', '.sentinel.ready', '.sentinel.gone'   # inside a folder whose name cannot change
+# inside a folder whose name cannot change
+_NEW = '.sentinel.tmp'
+_READY = '.sentinel.ready'
+_GONE = '.sentinel.gone'
 
 def _beside(path, kind): return path.with_name(f'.{path.name}.{kind}')
 
@@ -122,8 +126,11 @@ def settle(
 def _pour(path):
     "Bring the files that lie ready inside `path` to their places. Can be cut off and called again."
     ready = path/_READY
-    gone = json.loads((ready/_GONE).read_text()) if (ready/_GONE).exists() else ()        # the list is removed last
-    new = sorted((p.name for p in ready.iterdir() if p.name != _GONE), key=lambda n: (n.endswith('.json'), n == 'config.json', n))
+    listed = ready/_GONE                                       # is removed last
+    gone = json.loads(listed.read_text()) if listed.exists() else ()
+    def json_last(name): return name.endswith('.json'), name == 'config.json', name
+    names = (p.name for p in ready.iterdir() if p.name != _GONE)
+    new = sorted(names, key=json_last)
     for name in {*gone, *new}:
         if name.endswith('.json'): _remove(path/name)
     for name in gone: _remove(path/name)
@@ -134,7 +141,7 @@ def _pour(path):
 
 # %% ../nbs/00d_io.ipynb #c0020
 def _files(folder):
-    "Paths of all files and of empty folders, relative to `folder`, without what lies ready in it."
+    "All files and empty folders, relative to `folder`, but for what lies ready."
     for at, dirs, files in os.walk(folder):
         here = Path(at).relative_to(folder)
         dirs[:] = [n for n in dirs if here != Path() or n not in (_NEW, _READY)]
@@ -158,15 +165,17 @@ def _link(source, target):
 
 # %% ../nbs/00d_io.ipynb #c0021
 def _take_place(new, path, old_names=frozenset(), keep=None):
-    "Let the folder `new` be `path`. Files that turned up in the old one meanwhile are carried along."
-    if not path.exists(): os.rename(new, path); return
+    "Let `new` be `path`; files that turned up in the old one are carried along."
+    if not path.exists(): return os.rename(new, path)
     shutil.copymode(path, new)
     was = new if exchange(new, path) else _beside(path, 'old')
     if was != new:
         os.rename(path, was)
         os.rename(new, path)
     sync(path.parent)
-    if keep is not None: _carry(was, path, [n for n in _files(was) if n not in old_names and keep(n.as_posix(), path)])
+    if keep is not None:
+        late = [n for n in _files(was) if n not in old_names]
+        _carry(was, path, [n for n in late if keep(n.as_posix(), path)])
     shutil.rmtree(was, ignore_errors=True)
 
 def _into(new, path, keep):
@@ -183,16 +192,20 @@ def _into(new, path, keep):
 _FILLING = []      # folders that are being filled at this moment
 
 def _fixed(path):
-    "Must this folder keep its name? It is a mount point, this process works in it, or its parent is read-only."
+    "Must this folder keep its name?"
     if not path.is_dir(): return False
     here = Path(os.path.realpath(os.curdir))
-    return os.path.ismount(path) or here.is_relative_to(path) or not os.access(path.parent, os.W_OK)
+    if os.path.ismount(path) or here.is_relative_to(path): return True
+    return not os.access(path.parent, os.W_OK)
 
 def _usable(path):
     "Raise before anything is written if it can't be."
-    if path.is_file(): raise FileExistsError(f'{path} is a file; a folder is to be written here: give another name or remove the file')
-    if path.is_dir() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, f'{path} is read-only; nothing was written: give another folder, or change its rights')
+    if path.is_file(): raise FileExistsError(
+        f'{path} is a file; a folder is to be written here: '
+        'give another name or remove the file')
+    if path.is_dir() and not os.access(path, os.W_OK): raise PermissionError(
+        errno.EACCES, f'{path} is read-only; nothing was written: '
+        'give another folder, or change its rights')
 
 # %% ../nbs/00d_io.ipynb #c0023
 @contextlib.contextmanager
@@ -200,7 +213,7 @@ def staged(
     path, # The folder that is to be
     keep=None, # `keep(name, stage)`: does this file of the old folder survive? Default: none does
 ):
-    "A folder beside `path` to write into; it becomes `path` at the end, or vanishes with the error that stopped the writing."
+    "A folder beside `path` to fill; it becomes `path`, or vanishes with an error."
     path = Path(os.path.realpath(path))
     if any(path.is_relative_to(p) for p in _FILLING):       # part of a folder that is staged as a whole
         path.mkdir(parents=True, exist_ok=True)
@@ -232,34 +245,55 @@ def _stage(path, keep):
     sync(path.parent)
 
 def _swap(tmp, path, keep):
-    known = frozenset(_files(path)) if keep is not None and path.is_dir() else frozenset()
+    is_kept = keep is not None and path.is_dir()
+    known = frozenset(_files(path) if is_kept else ())
     _carry(path, tmp, [n for n in known if keep(n.as_posix(), tmp)])
     sync_tree(tmp)
     _take_place(tmp, path, known, keep)
 
 # %% ../nbs/00d_io.ipynb #c0028
+def _joined(at, key): return f'{at}/{key}' if at else str(key)
+
 def split_state(
-    state, # Dicts, lists, tuples, tensors, arrays, numbers, strings, None, in each other
+    state, # Dicts, lists, tuples, tensors, arrays, numbers, strings, None
     at:str='', # Where in the tree this is
     tensors:dict|None=None, # Where tensors go
 ) -> tuple: # A tree that JSON can hold, and a dict of tensors
-    "Split a state into JSON and tensors. Raises `TypeError` with the place of anything else."
-    ts = {} if tensors is None else tensors
-    sub = lambda k, v: split_state(v, f'{at}/{k}' if at else str(k), ts)[0]
-    if isinstance(state, Tensor):
-        t = state.detach().cpu().contiguous()
-        ts[at or 'it'] = t.clone() if t.data_ptr() == state.data_ptr() else t        # safetensors takes no two tensors of one storage
-        return {'$tensor': at or 'it'}, ts
-    if isinstance(state, np.ndarray): return {'$array': [str(state.dtype), state.tolist()]}, ts
-    if isinstance(state, (np.generic, torch.Size)): return sub('', state.item() if isinstance(state, np.generic) else tuple(state)), ts
-    if isinstance(state, dict):
-        if all(isinstance(k, str) and k[:1] != '$' for k in state): return {k: sub(k, v) for k, v in state.items()}, ts
-        return {'$dict': [[sub(f'{i}.key', k), sub(i, v)] for i, (k, v) in enumerate(state.items())]}, ts
-    if isinstance(state, tuple): return {'$tuple': [sub(i, v) for i, v in enumerate(state)]}, ts
-    if isinstance(state, list): return [sub(i, v) for i, v in enumerate(state)], ts
-    if state is None or isinstance(state, (bool, int, float, str)): return state, ts
-    raise TypeError(f'{at or "state"}: a {type(state).__name__} cannot be saved without a pickle; allowed are tensors, arrays, numbers, strings, '
-                    'None, and dicts, lists and tuples of these')
+    "Split a state into JSON and tensors. Raises `TypeError` for anything else."
+    tensors = {} if tensors is None else tensors
+    return _tree(state, at, tensors), tensors
+
+def _tree(state, at, tensors):
+    "What JSON can hold of a state; its tensors go into `tensors`."
+    def sub(key, value): return _tree(value, _joined(at, key), tensors)
+    if isinstance(state, Tensor): return _tensor_mark(state, at or 'it', tensors)
+    if isinstance(state, np.ndarray):
+        return {'$array': [str(state.dtype), state.tolist()]}
+    if isinstance(state, np.generic): return sub('', state.item())
+    if isinstance(state, dict): return _dict_tree(state, sub)
+    if isinstance(state, tuple):
+        return {'$tuple': [sub(i, v) for i, v in enumerate(state)]}
+    if isinstance(state, list): return [sub(i, v) for i, v in enumerate(state)]
+    if state is None or isinstance(state, (bool, int, float, str)): return state
+    raise TypeError(
+        f'{at or "state"}: a {type(state).__name__} cannot be saved without a pickle; '
+        'allowed are tensors, arrays, numbers, strings, '
+        'None, and dicts, lists and tuples of these')
+
+# %% ../nbs/00d_io.ipynb #c0044
+def _tensor_mark(t, name, tensors):
+    "Put a tensor beside the tree; its name is what the tree keeps."
+    held = t.detach().cpu().contiguous()
+    is_shared = held.data_ptr() == t.data_ptr()     # no two tensors may share storage
+    tensors[name] = held.clone() if is_shared else held
+    return {'$tensor': name}
+
+def _dict_tree(state, sub):
+    "A dict as it is where its keys are plain strings, else as a list of pairs."
+    def is_plain(key): return isinstance(key, str) and key[:1] != '$'
+    if all(map(is_plain, state)): return {k: sub(k, v) for k, v in state.items()}
+    pairs = enumerate(state.items())
+    return {'$dict': [[sub(f'{i}.key', k), sub(i, v)] for i, (k, v) in pairs]}
 
 # %% ../nbs/00d_io.ipynb #c0029
 def join_state(tree, tensors:dict):
@@ -289,5 +323,8 @@ def read_state(
     folder, # That `write_state` wrote to
 ) -> dict:
     "The state that `write_state` wrote."
-    with safe_open(Path(folder)/f'{STATE}.safetensors', 'pt') as f: tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
-    return join_state(json.loads((Path(folder)/f'{STATE}.json').read_text()), tensors)
+    folder = Path(folder)
+    with safe_open(folder/f'{STATE}.safetensors', 'pt') as f:
+        tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
+    tree = json.loads((folder/f'{STATE}.json').read_text())
+    return join_state(tree, tensors)

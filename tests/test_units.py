@@ -152,6 +152,37 @@ def test_compiles_and_exports(name):
     close(program.module()(IDS, use_cache=False).logits, logits(model, use_cache=False))
 
 
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3', 'opt'])
+def test_plain_checkpoints_hold_channels(name, tmp_path):
+    from sentinel_ai.export import export_hf
+    model = set_gates(masked(name, 1), {(0, c): 0. for c in range(12)}, 'channels')
+    with pytest.raises(ValueError, match='a config needs the same number in every layer.*pad=True'): export_hf(model, tmp_path/'no')
+    done = export_hf(model, tmp_path/'padded', pad=True)
+    counts = [int((g > 0).sum()) for g in gate_values(model, kind='channels')]
+    assert done.channels == {layer: (n, max(counts)) for layer, n in enumerate(counts)} and not (tmp_path/'no').exists()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path/'padded')
+    assert not hasattr(plain, 'sentinel')
+    close(logits(plain), logits(model))
+    compact(model)
+    export_hf(model, tmp_path/'compact', pad=True)
+    assert (tmp_path/'compact/model.safetensors').read_bytes() == (tmp_path/'padded/model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('empty', [None, 0, -1])
+def test_gguf_files_hold_channels_of_llama(empty, tmp_path):
+    pytest.importorskip('gguf')
+    from sentinel_ai.export import export_gguf, gguf_logits
+    model = masked('llama', 1, empty, heads=True)
+    counts = [int((g > 0).sum()) for g in gate_values(model, kind='channels')]
+    done = export_gguf(model, tmp_path/'x.gguf', False, 'f32')
+    assert done.channels == {layer: (n, n or 32) for layer, n in enumerate(counts)}
+    close(gguf_logits(tmp_path/'x.gguf', IDS[0]), logits(model)[0])
+    held = (tmp_path/'x.gguf').read_bytes()
+    compact(model)
+    export_gguf(model, tmp_path/'x.gguf', False, 'f32')
+    assert (tmp_path/'x.gguf').read_bytes() == held
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'bloom', 'phi3', 'opt'])
 def test_merge_and_back(name):
     model = adapt(build(name))
