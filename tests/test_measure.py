@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, DEVICE, IDS, SEED, VARIANTS, build  # noqa: E402
 
 from sentinel_ai import adapt, compact, random_model, set_gates  # noqa: E402
-from sentinel_ai.measure import measure  # noqa: E402
+from sentinel_ai.channels import channel_map  # noqa: E402
+from sentinel_ai.heads import core_linear, head_map, in_dim  # noqa: E402
+from sentinel_ai.measure import HeadStats, measure, moments_bytes  # noqa: E402
+from sentinel_ai.moments import input_sums  # noqa: E402
 
 torch.set_num_threads(1)
 TWO = torch.cat([IDS, IDS.roll(3, 1)])
@@ -144,3 +147,134 @@ def test_a_batch_that_gives_nothing_is_named(name):
     with torch.no_grad(): next(iter(adapt(model).sentinel.now.heads)).out.weight[0, 0] = float('inf')
     with pytest.raises(ValueError, match='batch 0: the loss is'): measure(model, TWO, progress=False)
     with pytest.raises(ValueError, match='batch 0: the input of .* holds NaN or infinity'): measure(model, TWO, 'use', progress=False)
+
+CHANNELS = ['gpt2', 'llama', 'phi3', 'opt', 'bloom']
+BOTH = ('heads', 'channels')
+
+
+def channel_sites(model):
+    "The model with gates of which some are closed or half open, and its layers of channels."
+    adapt(model)
+    set_gates(model, {(0, 1): 0., (1, 2): .5}, 'channels')
+    return model.sentinel.now.channels
+
+
+def read_by(model, site, ids):
+    "What a layer's down projection reads, `[n, c]`, behind the gates."
+    read = []
+    handle = site.out.register_forward_pre_hook(lambda module, args: read.append(args[0].detach().reshape(-1, site.n)))
+    with torch.no_grad():
+        for row in ids: model(row[None], use_cache=False)
+    handle.remove()
+    return torch.cat(read).double().cpu()
+
+
+def loss_of(model, row, **kwargs):
+    logits = model(row[None], use_cache=False, **kwargs).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, row[1:])
+
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_use_of_channels(name):
+    "One channel after the other: what it writes, from what the projection reads."
+    model = build(name)
+    sites = channel_sites(model)
+    for what in ('use', 'gram'):
+        stats = measure(model, TWO, what, kinds=BOTH, progress=False).channels
+        for site in sites:
+            x, lin = read_by(model, site, TWO), core_linear(site.out)
+            W = lin.weight.detach().double().cpu()
+            W = W if in_dim(lin) == 1 else W.T                                       # [o, c]
+            for c in range(0, site.n, 7):
+                written = torch.outer(x[:, c], W[:, c])                              # n o
+                want = dict(use=written.square().sum(1).mean().sqrt(), variance=written.var(0, correction=0).sum(),
+                            flap=x[:, c].var(correction=0)*W[:, c].square().sum(), magnitude=W[:, c].norm(),
+                            wanda=W[:, c].abs().sum()*x[:, c].square().mean().sqrt())
+                for k, v in want.items():
+                    torch.testing.assert_close(stats[k][site.layer, c], v.float(), rtol=1e-3, atol=1e-7, msg=f'{k} of layer {site.layer} channel {c}')
+        assert 'residue' not in stats.tables and 'entropy' not in stats.tables
+    torch.testing.assert_close(stats.grams[0]['cov'].double().cpu(), read_by(model, sites[0], TWO).T.cov(correction=0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_gradients_of_channels_are_those_of_the_gates(name):
+    "fisher, taylor and grad from autograd through real gates, example by example; closed channels included."
+    model = build(name)
+    sites = list(channel_sites(model))
+    stats = measure(model, TWO, 'gradient', kinds=BOTH, progress=False).channels
+    gates = [s.module.sentinel.gate.requires_grad_(True) for s in sites]
+    rows = [torch.autograd.grad(loss_of(model, row), gates) for row in TWO]
+    for i, site in enumerate(sites):
+        each = torch.stack([grads[i] for grads in rows]).cpu()                       # b c
+        for k, want in dict(grad=each.mean(0), taylor=each.abs().mean(0), fisher=each.square().mean(0)).items():
+            torch.testing.assert_close(stats[k][site.layer, :site.n], want, rtol=2e-3, atol=1e-7, msg=f'{k} of layer {site.layer}')
+
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_repaired_gates_of_channels(name):
+    "Half of what a channel holds and half of what a ridge regression on the others leaves, times the gradient, squared in windows of 16 tokens."
+    model = build(name)
+    sites = list(channel_sites(model))
+    stats = measure(model, TWO, 'joint', kinds=BOTH, progress=False).channels
+    variables, handles = {}, []
+    def put(site, module, args):
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        variables[site.layer] = x
+        return x, *args[1:]
+    for site in sites: handles.append(site.out.register_forward_pre_hook(lambda m, a, site=site: put(site, m, a)))
+    grads = []
+    for row in TWO:
+        got = torch.autograd.grad(loss_of(model, row), [variables[s.layer] for s in sites])
+        grads.append([(variables[s.layer].detach().reshape(-1, s.n).double().cpu(), g.reshape(-1, s.n).double().cpu()) for s, g in zip(sites, got)])
+    for h in handles: h.remove()
+    for i, site in enumerate(sites):
+        x = read_by(model, site, TWO)
+        mean, C = x.mean(0), x.T.cov(correction=0)
+        C = C + torch.diag(.1*C.diagonal().clamp_min(1e-3*C.diagonal().mean()))
+        for c in range(0, site.n, 11):
+            others = torch.arange(site.n) != c
+            weights = torch.linalg.solve(C[others][:, others], C[others, c])
+            total = 0.
+            for z, g in (row[i] for row in grads):
+                left = (z[:, c] - mean[c]) - (z[:, others] - mean[others]) @ weights
+                total += sum(w.sum().square() for w in (g[:, c]*(z[:, c] + left)/2).split(16))
+            want = (total/len(TWO)).float()
+            torch.testing.assert_close(stats.repaired[site.layer, c], want, rtol=1e-2, atol=1e-10, msg=f'layer {site.layer} channel {c}')
+    assert stats.repaired[0, 1] == 0                                                 # closed: nothing is held, nothing lost
+
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_padding_counts_for_nothing_for_channels(name):
+    model, what = build(name), ('gradient', 'use')
+    want = measure(model, TWO, what, kinds=BOTH, progress=False).channels
+    wide = [dict(input_ids=pad(TWO, side), attention_mask=pad(torch.ones_like(TWO), side)) for side in ((0, 5), (5, 0))]
+    for got in (*(measure(model, x, what, kinds=BOTH, progress=False) for x in wide),
+                measure(model, TWO, what, batch_size=1, kinds=BOTH, offload=True, progress=False)):
+        for k in want.tables: torch.testing.assert_close(got.channels[k], want[k], rtol=1e-3, atol=1e-5, msg=k)
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_channels_are_saved_and_read(name, tmp_path):
+    stats = measure(build(name), TWO, ('gradient', 'joint'), kinds=BOTH, progress=False)
+    stats.save(tmp_path/'stats.safetensors')
+    back = HeadStats.load(tmp_path/'stats.safetensors')
+    assert back.info == stats.info and torch.equal(back.pairs, stats.pairs)
+    for kind in BOTH:
+        a, b = stats.of_kind(kind), back.of_kind(kind)
+        assert set(a.tables) == set(b.tables) and set(a.grams) == set(b.grams)
+        assert all(torch.equal(b[k], t) for k, t in a.tables.items())
+        assert all(torch.equal(b.grams[l][k], t) for l, moments in a.grams.items() for k, t in moments.items())
+
+
+@pytest.mark.parametrize('name', CHANNELS)
+def test_moments_take_what_they_say(name):
+    "`moments_bytes` is the size of the sums, and needs no weights."
+    model = build(name)
+    with torch.device('meta'): nowhere = type(model)(model.config)
+    maps = dict(heads=head_map(model), channels=channel_map(model))
+    for kind, found in maps.items():
+        for whole in (True, False):
+            sums = [input_sums(s, torch.zeros(3, s.n*s.width), whole) for s in found]
+            want = sum(t.numel()*t.element_size() for d in sums for t in (d['total'], d['gram']))
+            assert moments_bytes(model, (kind,), whole) == moments_bytes(nowhere, (kind,), whole) == want
+    with pytest.raises(ValueError, match="kinds=.*allowed are"): moments_bytes(model, ('wings',))
