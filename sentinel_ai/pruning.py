@@ -600,6 +600,7 @@ def apply_kinds(self:_Job, m, stats, close, closed):
     "Repair and close the units of both kinds."
     new = {kind: close[kind] & ~closed[kind] for kind in close}
     _tell_memory(m, new['heads'], stats, self.optimizer)
+    if m.sentinel.memory is not None: m.sentinel.memory.remember(m, new['channels'], stats.of_kind('channels'), self.optimizer, kind='channels')
     how = dict(heads=(self.repair, self.lam), channels=(self.channel_repair, self.channel_lam))
     emptied = [s for s in m.sentinel.now if s.kind in close and new[s.kind][s.layer, :s.n].any() and close[s.kind][s.layer, :s.n].all()]
     for site in m.sentinel.now:
