@@ -110,6 +110,12 @@ def returning(name, path):
     return scene
 
 
+def opening(name, path):
+    scene = both(name, path)
+    scene.others = [regrow(scene.model, 1., warmup=3, optimizer=scene.optimizer, kind='channels')]
+    return scene
+
+
 def skipping(name, path):
     scene = trained(name, path)
     add_skips(scene.model, 2)
@@ -155,6 +161,9 @@ EDITS = {
     'regrow-wish': (compacted, lambda s: regrow(s.model, 1, CALIB, optimizer=s.optimizer)),
     'regrow-split': (compacted, lambda s: regrow(s.model, removed(s)[:2], init='split', warmup=3, optimizer=s.optimizer)),
     'regrow-step': (returning, lambda s: s.others[0].step()),
+    'regrow-channels': (both, lambda s: regrow(s.model, removed(s, 'channels')[:9], optimizer=s.optimizer, kind='channels')),
+    'regrow-channels-split': (both, lambda s: regrow(s.model, 4, strategy='random', init='split', optimizer=s.optimizer, kind='channels')),
+    'regrow-channels-step': (opening, lambda s: s.others[0].step()),
     'grow-heads': (growing, lambda s: grow(s.model, heads=1, optimizer=s.optimizer)),
     'grow-plain': (free, lambda s: grow(s.model, heads=1)),
     'grow-layers': (growing, lambda s: grow(s.model, layers=[0], optimizer=s.optimizer)),
