@@ -133,6 +133,7 @@ def _rows_first(values, slices):
         return first.reshape(len(first), -1).contiguous()
     return {key: rows(key, v) for key, v in values.items()}
 
+# %% ../nbs/04a_memory.ipynb #c0093
 def read_channels(
     site:MlpSite, # A layer as it is now
     channels:Tensor, # Some of its channels, in present numbers
@@ -465,6 +466,7 @@ def local_channels(
     keep = base_model(model).sentinel.plan.of_kind('channels').keep[layer]
     return (keep.cumsum(0) - 1)[channels]
 
+# %% ../nbs/04a_memory.ipynb #c0096
 @patch
 def batches(self:UnitMemory,
     layer:int|None=None, # Only of this layer
@@ -532,6 +534,7 @@ def detach(self:UnitMemory,
     state = state_of(model)
     if state is not None and state.memory is self: state.memory = None
 
+# %% ../nbs/04a_memory.ipynb #c0099
 @patch
 def remember(self:UnitMemory,
     model:nn.Module, # An adapted model in which these units are present
@@ -612,6 +615,7 @@ def _parameters_of(m, site):
     places = site.places(range(site.n))
     return {names[id(param_at(site.mlp, name))] for name in places}
 
+# %% ../nbs/04a_memory.ipynb #c0100
 @patch
 def _is_complete(self:UnitMemory, m, site):
     "Are all units remembered that this site has lost?"
@@ -670,6 +674,7 @@ def _check_key(path, i, key, parts):
         f'{path}: the tensors of layer {key[0]} {kind} {key[1]} are missing; '
         'the file is damaged')
 
+# %% ../nbs/04a_memory.ipynb #c0103
 def _read_all(path):
     "What a file of `save` says, and its tensors by the number of their record."
     parts = {}

@@ -720,6 +720,7 @@ def _check_options(init, warmup, alpha, gate, kind):
     if not 0 < gate <= 1:
         raise ValueError(f'gate={gate!r}: allowed is above 0, up to 1')
 
+# %% ../nbs/04b_regrow.ipynb #c0135
 def restored_shares(
     model:nn.Module, # An adapted model
     kind:str, # 'heads' or 'channels'
@@ -729,6 +730,17 @@ def restored_shares(
     plan = HeadPlan.from_gates(model).of_kind(kind)
     pruned = (plan.exists & ~plan.keep).sum(1)
     return {l: n/max(1, int(pruned[l])) for l, n in counts.items()}
+
+def _check_heads(model, heads, init, warmup, optimizer):
+    "Raise before anything is changed."
+    m = base_model(model)
+    _possible(m, heads, init, warmup)
+    check_weights(m, 'regrow', 'qkvo')
+    check_ready(model, optimizer, 'regrow')
+
+def _info(job, strategy):
+    by = strategy if isinstance(strategy, str) else 'given'
+    return dict(init=job.init, strategy=by, seed=job.seed)
 
 def _lead_all(model, job, heads, warmup, gate, info):
     "Plant heads and make their way; walk it at once if there is no warm-up."
@@ -773,11 +785,7 @@ def regrow(
                                multiple, stats, optimizer, gate, seed)
     heads = _pick(m, amount, batches, strategy, stats, seed, init)
     if not heads: return Regrowth(model, {}, {}, 0, dict(init=init))
-    _possible(m, heads, init, warmup)
-    check_weights(m, 'regrow', 'qkvo')
-    check_ready(model, optimizer, 'regrow')
+    _check_heads(model, heads, init, warmup, optimizer)
     job = _Seed(m, init, stats, optimizer, alpha, seed)
-    by = strategy if isinstance(strategy, str) else 'given'
-    info = dict(init=init, strategy=by, seed=seed)
     with transaction(m, optimizer):
-        return _lead_all(model, job, heads, warmup, gate, info)
+        return _lead_all(model, job, heads, warmup, gate, _info(job, strategy))

@@ -56,6 +56,7 @@ def _in_blocks(wishes, closed, kept, n, multiple):
         n -= len(block)
     return chosen
 
+# %% ../nbs/04b_regrow_channels.ipynb #c0055
 def highest(
     wishes:Tensor, # `[layers, channels]`, as built
     closed:Tensor, # Where one may be restored
@@ -108,6 +109,7 @@ def _measured(m, batches, strategy):
     kinds = ('heads', 'channels')
     return observe(m, batches, ('entropy', 'gradient'), kinds=kinds)
 
+# %% ../nbs/04b_regrow_channels.ipynb #c0058
 def pick_channels(
     model:nn.Module, # An adapted model
     amount, # Share, number, or pairs `(layer, channel)`
@@ -187,6 +189,7 @@ def take_back(
     _close_log(m, layer)
     return _in_order(parts, torch.cat(owned), units)
 
+# %% ../nbs/04b_regrow_channels.ipynb #c0059
 def _in_order(parts, owned, units):
     "One share of all units; zeros for those that nobody made up for."
     A, a0, B = zip(*parts)
@@ -355,6 +358,7 @@ def recall(self:_ChannelSeed, layer, units, gate):
         gates[places] = torch.where(before == 0, gates[places], before)
     return gates
 
+# %% ../nbs/04b_regrow_channels.ipynb #c0060
 @patch
 def check_known(self:_ChannelSeed, layer, units, removed):
     "Raise for channels that there is nothing to fill with."
@@ -409,6 +413,7 @@ def donors(self:_ChannelSeed, layer, n):
     chosen = order[torch.arange(n) % len(order)]
     return chosen, (chosen[:, None] == chosen).sum(1)
 
+# %% ../nbs/04b_regrow_channels.ipynb #c0061
 @patch
 def split(self:_ChannelSeed, layer, units):
     "Double strong channels; returns what is taken off them."
