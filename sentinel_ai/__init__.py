@@ -10,7 +10,7 @@ from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
 from .pruning import close_heads, prune, undo_repair, unprune
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
-from .memory import HeadMemory
+from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow
 from .growth import grow, init_small, ungrow
 from .agency import Agency, ConsentError, HeadState

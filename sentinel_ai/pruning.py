@@ -483,6 +483,9 @@ def apply(self:PruneRequest, m, stats, close):
     "Repair and close; `close` has for each kind all that is closed then."
     new = {k: table & ~shut_units(m, k) for k, table in close.items()}
     _tell_memory(m, new['heads'], stats, self.optimizer)
+    if 'channels' in new and m.sentinel.memory is not None:
+        measured = stats.of_kind('channels')
+        m.sentinel.memory.remember(m, new['channels'], measured, self.optimizer, kind='channels')
     emptied = _emptied(m, close, new) if self.is_joint else []
     self.repair_sites(m, stats, new, emptied)
     bridges = []

@@ -122,10 +122,10 @@ def _of_optimizer(optimizer):
 
 def _of_memory(memory):
     if memory is None: return None
-    records = {k: memory[k] for k in memory}
-    flat = {k: dict(values=_value(r.values), moments=_value(r.moments), meta=_value(r.meta)) for k, r in records.items()}
+    records = {k: memory[k] for k in memory.records}
+    flat = {k: dict(values=_value(r.values), moments=_value(r.moments), meta=_value(r.meta), tables=_value(r.tables)) for k, r in records.items()}
     files = None if memory.folder is None else {f.name: f.read_bytes() for f in sorted(memory.folder.iterdir())}
-    return dict(order=list(memory.records), records=flat, forgotten=list(memory.forgotten), files=files)
+    return dict(order=list(memory.records), records=flat, units=_value(memory.units), forgotten=list(memory.forgotten), files=files)
 
 
 def _of_agency(agency):

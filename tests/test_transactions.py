@@ -72,8 +72,16 @@ def compacted(name, path, **kw):
     return scene
 
 
-def removed(scene):
-    plan = scene.model.sentinel.plan
+def both(name, path, **kw):
+    "Heads and channels pruned and cut out."
+    scene = trained(name, path, **kw)
+    prune(scene.model, params=.9, batches=CALIB, criterion='taylor', rounds=2, optimizer=scene.optimizer, progress=False)
+    compact(scene.model, optimizer=scene.optimizer)
+    return scene
+
+
+def removed(scene, kind='heads'):
+    plan = scene.model.sentinel.plan.of_kind(kind)
     return [tuple(x) for x in (plan.exists & ~plan.keep).nonzero().tolist()]
 
 
@@ -99,6 +107,12 @@ def growing(name, path, layers=None, **kw):
 def returning(name, path):
     scene = compacted(name, path)
     scene.others = [regrow(scene.model, removed(scene), warmup=3, optimizer=scene.optimizer)]
+    return scene
+
+
+def opening(name, path):
+    scene = both(name, path)
+    scene.others = [regrow(scene.model, 1., warmup=3, optimizer=scene.optimizer, kind='channels')]
     return scene
 
 
@@ -130,6 +144,8 @@ def free(name, path):
 
 EDITS = {
     'prune': (trained, lambda s: prune(s.model, 3, CALIB, 'taylor', rounds=2, optimizer=s.optimizer, progress=False)),
+    'prune-channels': (trained, lambda s: prune(s.model, params=.95, batches=CALIB, criterion='taylor', rounds=1,
+                                                optimizer=s.optimizer, progress=False)),
     'prune-plain': (free, lambda s: prune(s.model, 3, CALIB, 'wanda', rounds=2, progress=False)),
     'prune-auto': (trained, lambda s: prune(s.model, 3, CALIB, 'auto', rounds=1, progress=False)),
     'close_heads': (trained, lambda s: close_heads(s.model, [(0, 1), (1, 2)], CALIB, optimizer=s.optimizer)),
@@ -146,6 +162,9 @@ EDITS = {
     'regrow-wish': (compacted, lambda s: regrow(s.model, 1, CALIB, optimizer=s.optimizer)),
     'regrow-split': (compacted, lambda s: regrow(s.model, removed(s)[:2], init='split', warmup=3, optimizer=s.optimizer)),
     'regrow-step': (returning, lambda s: s.others[0].step()),
+    'regrow-channels': (both, lambda s: regrow(s.model, removed(s, 'channels')[:9], optimizer=s.optimizer, kind='channels')),
+    'regrow-channels-split': (both, lambda s: regrow(s.model, 4, strategy='random', init='split', optimizer=s.optimizer, kind='channels')),
+    'regrow-channels-step': (opening, lambda s: s.others[0].step()),
     'grow-heads': (growing, lambda s: grow(s.model, heads=1, optimizer=s.optimizer)),
     'grow-plain': (free, lambda s: grow(s.model, heads=1)),
     'grow-layers': (growing, lambda s: grow(s.model, layers=[0], optimizer=s.optimizer)),
@@ -173,6 +192,8 @@ EDITS = {
     'memory-attach': (free, lambda s: s.memory.attach(s.model)),
     'memory-remember': (trained, lambda s: s.memory.remember(s.model, [(0, 1), (1, 2)], optimizer=s.optimizer)),
     'memory-release': (compacted, lambda s: s.memory.release(s.model)),
+    'memory-remember-channels': (trained, lambda s: s.memory.remember(s.model, [(0, 1), (0, 4), (1, 2)], optimizer=s.optimizer, kind='channels')),
+    'memory-release-channels': (both, lambda s: s.memory.release(s.model)),
 }
 
 
