@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 from .testing import random_model
 from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, register_arch

@@ -345,8 +345,7 @@ _NAMES = (  # down, gate, up
     ('output', None, 'intermediate'),
     ('layer_2', None, 'layer_1'),
     ('w_out', 'w_in.w_0', 'w_in.w_1'),
-    ('proj_down', 'proj_up_gate', 'proj_up'),
-    ('2', None, '0'))
+    ('proj_down', 'proj_up_gate', 'proj_up'))
 
 _BETWEEN = r'ffn_(sub_?|layer)norm|ffn_norm|sub_norm'      # in front of down
 
@@ -381,17 +380,25 @@ def _is_projection(m, name):
     try: return core_linear(m.get_submodule(name)).weight.ndim == 2
     except UnsupportedArchitecture: return False
 
+def _numbered(m):
+    "The projections of an `nn.Sequential` in a module; None without."
+    if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)): return None
+    for child, inner in m.named_children():
+        up, down = f'{child}.0', f'{child}.2'
+        is_mlp = isinstance(inner, nn.Sequential) and has_module(inner, '2')
+        if is_mlp and _is_projection(m, up) and _is_projection(m, down): return down, dict(up=up)
+
 def _projections(m, facts):
     "Down projection and those in front of it; None if there are none."
     if 'out_name' in facts and 'proj' in facts:
         return facts['out_name'], facts['proj']
     if not m._modules: return None                 # a layer by itself, as most modules are
     for down, gate, up in _NAMES:
-        if down == '2' and not isinstance(m, nn.Sequential): continue
         out_name = facts.get('out_name', down)
         proj = dict(gate=gate, up=up) if gate else dict(up=up)
         names = out_name, *proj.values()
         if all(_is_projection(m, name) for name in names): return out_name, proj
+    return _numbered(m)
 
 # %% ../nbs/00a_channels.ipynb #c0058
 def _is_norm_of_all(name, m, n, width):
