@@ -232,7 +232,8 @@ def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
     assert torch.equal(logits(model), plain), 'attached parts change nothing'
     prune(model, .3, CALIB, rounds=1, progress=False)
     layer = next(iter(model.sentinel.now.heads)).layer
-    head = next(h for h in range(model.sentinel.now.heads[layer].n_heads) if gate_values(model)[layer, h] > 0 or h == model.sentinel.now.heads[layer].n_heads - 1)
+    n_heads = model.sentinel.now.heads[layer].n_heads
+    head = next(h for h in range(n_heads) if gate_values(model)[layer, h] > 0 or h == n_heads - 1)
     agency.set_state([(layer, head)], HeadState.OVERLOADED, 'test')
     compact(model)
     if len(model.sentinel_skips.paths): set_skip_gates(model, .3)
