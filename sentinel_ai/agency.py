@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
-from .gates import adapt, check_edit, is_adaptive
+from .gates import adapt, check_edit, is_adaptive, look
 from .plan import existing
 from .state import state_of, transaction, will_write
 from .surgery import HeadPlan, original_heads
@@ -350,7 +350,9 @@ def sync(self:Agency):
         heads = original_heads(self.model, site.layer)
         gate = sentinel.gate
         new = table[site.layer, heads].to(device=gate.device, dtype=gate.dtype)
-        if not _alike(sentinel.factor, new): sentinel.factor = new
+        if _alike(sentinel.factor, new): continue
+        sentinel.factor = new
+        look(sentinel, site)                                # a compiled model notices nothing by itself
 
 # %% ../nbs/05_agency.ipynb #c0049
 @patch
@@ -392,7 +394,9 @@ def detach(self:Agency) -> nn.Module: # The model
     if m is None: raise RuntimeError('this agency is not attached to a model')
     with _whole(self):
         if is_adaptive(m):
-            for site in m.sentinel.now.heads: site.attn.sentinel.factor = None
+            for site in m.sentinel.now.heads:
+                site.attn.sentinel.factor = None
+                look(site.attn.sentinel, site)
         state = state_of(m)
         if state is not None: state.agency = None
         self.model = None

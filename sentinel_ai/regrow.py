@@ -697,10 +697,14 @@ def settle(
 ):
     "Restore projections that owe nothing bit for bit; a bias that repair has made is dropped."
     m = base_model(model)
+    log = m.sentinel.repairs.changed
     for kind, layer, names in exact:
-        if _owes(m, kind, layer, names[0]): continue
+        owes = _owes(m, kind, layer, names[0])
         for name in names:
-            old, _ = m.sentinel.repairs.changed.pop(name)
+            old, _ = log.pop(name)
+            if owes:
+                log[name] = old, full_param(m, name).clone()
+                continue
             if old is not None:
                 put_full(m, name, old)
                 continue

@@ -139,7 +139,7 @@ def _of_map(hm): return {k: [Same(s) for s in v] if k == 'sites' else _value(v) 
 def _of_state(state):
     if state is None: return None
     res = {k: Same(getattr(state, k)) for k in ('config', 'memory', 'agency')}
-    maps = {f'{name}/{kind}': _of_map(getattr(sites, kind)) for name, sites in (('built', state.built.heads), ('now', state.now.heads))
+    maps = {f'{name}/{kind}': _of_map(getattr(sites, kind)) for name, sites in (('built', state.built), ('now', state.now))
             for kind in ('heads', 'channels') if getattr(sites, kind) is not None}
     channels = None if state.plan.channels is None else _value(vars(state.plan.channels))
     plan = _value({k: v for k, v in vars(state.plan).items() if k != 'channels'})

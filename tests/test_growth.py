@@ -319,7 +319,7 @@ def test_what_goes_wrong_is_undone(monkeypatch):
     import sentinel_ai.growth as g
     model = adapt(build('llama'))
     sd, want = state(model), logits(model)
-    monkeypatch.setattr(g, 'differing_layers', lambda *a: {0: 'it is a test'})
+    monkeypatch.setattr(g, 'differing_layers', lambda *a: {('heads', 0): 'it is a test'})
     with pytest.raises(UnsupportedArchitecture, match='it is a test'): grow(model, heads=2)
     assert same_state(state(model), sd) and torch.equal(logits(model), want) and not model.sentinel.compact and model.sentinel.grown == []
 

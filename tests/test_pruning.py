@@ -36,6 +36,7 @@ def test_there_and_back(name, tmp_path):
     torch.testing.assert_close(small, masked, rtol=1e-3, atol=1e-4*masked.abs().max().item())
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)  # configs don't keep it
+    for p in back.parameters(): p.data = p.data.clone()        # where a tensor lies in memory can change a rounding
     assert type(back) is type(model) and torch.equal(logits(back), small), 'reload equals compact'
     assert torch.equal(greedy(back), greedy(model))
     for m in (model, back):

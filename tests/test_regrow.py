@@ -240,6 +240,7 @@ def test_fresh_parts_change_nothing_and_all_are_saved(name, tmp_path):
     want = logits(model)
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    for p in back.parameters(): p.data = p.data.clone()        # where a tensor lies in memory can change a rounding
     assert torch.equal(logits(back), want) and back.sentinel.agency.to_dict() == agency.to_dict()
     assert set(back.sentinel.memory) == set(memory) and all(back.sentinel.memory[k].same(memory[k].tensors()) for k in memory)
     remove_skips(back)

@@ -85,8 +85,9 @@ def test_the_start_changes_nothing(name, init):
     "With a warm-up every way of filling starts where the model was, and the model still generates with its cache."
     model = half(name)
     was = logits(model)
-    way = regrow(model, 6, strategy='random', init=init, warmup=4, seed=3, kind='channels')
-    assert len(way) == 6 and not way.done
+    n = min(6, int(gone(model).sum()))
+    way = regrow(model, n, strategy='random', init=init, warmup=4, seed=3, kind='channels')
+    assert len(way) == n > 0 and not way.done
     near(logits(model), was)
     way.step()
     again = Regrowth.load(model, way.state_dict())

@@ -107,6 +107,7 @@ def test_heads_and_channels_together(name, tmp_path):
         assert same_state(state(expand(twin)), sd)
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    for p in back.parameters(): p.data = p.data.clone()        # where a tensor lies in memory can change a rounding
     assert torch.equal(logits(back), small) and back.sentinel.plan == plan
     assert same_state(state(expand(back)), sd)
     with torch.device('meta'): empty = replay(type(model).__mro__[2](copy.deepcopy(model.config)), plan)
@@ -262,6 +263,7 @@ def test_prune_under_a_budget_and_back(name, tmp_path):
     small = logits(model)
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    for p in back.parameters(): p.data = p.data.clone()        # where a tensor lies in memory can change a rounding
     assert torch.equal(logits(back), small)
     for m in (model, back):
         unadapt(unprune(m))
@@ -324,6 +326,7 @@ def test_a_sublayer_that_is_pruned_altogether(name, kind, tmp_path):
     bridges = model.sentinel.repairs.bridges
     model.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    for p in back.parameters(): p.data = p.data.clone()        # where a tensor lies in memory can change a rounding
     assert torch.equal(logits(back), logits(model)) and back.sentinel.repairs.bridges.keys() == bridges.keys()
     for m in (model, back):
         unadapt(unprune(m))
