@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEAD_COUNTS', 'KV_COUNTS', 'ARCHS', 'OTHER_INPUT', 'UNITS', 'HEAD_UNITS', 'UnsupportedArchitecture', 'AttnSite',
            'has_module', 'unit_rows', 'core_linear', 'in_dim', 'in_features', 'out_features', 'core_name', 'param_at',
-           'first_attr', 'register_arch', 'HeadMap', 'layer_stacks', 'layer_rows', 'base_model', 'check_decoder',
-           'head_map', 'check_keep', 'head_cost', 'alike_layers', 'markdown_table', 'text_table', 'map_summary',
+           'first_attr', 'register_arch', 'UnitMap', 'HeadMap', 'layer_stacks', 'layer_rows', 'base_model',
+           'check_decoder', 'head_map', 'check_keep', 'head_cost', 'alike_layers', 'markdown_table', 'text_table',
            'check_weights', 'inputs_of', 'disturbed', 'probe']
 
 # %% ../nbs/00_heads.ipynb #c0002
@@ -401,36 +401,55 @@ def _read_site(model, path, attn, layer):
 
 # %% ../nbs/00_heads.ipynb #c0051
 @dataclass
-class HeadMap:
-    "Every attention head of a decoder: a list of sites, one a layer."
-    sites: list               # `AttnSite`, or None for a layer without
+class UnitMap:
+    "The units of one kind in a decoder: a list of sites, one a layer."
+    sites: list               # Sites, or None for a layer without
     model_type: str           # The config's `model_type`
     n_params: int             # Parameters of the whole model
     unmapped: dict = field(default_factory=dict) # Why modules were left alone
+
+    kind = 'units'            # What they are called
+    absent = 'no units'       # What a layer has that has none
+    headings = ()             # Of the table that is shown
+    short = ()                # The same where there is less room
 
     def __len__(self): return len(self.sites)
     def __iter__(self): return (s for s in self.sites if s is not None)
 
 @patch
-def __getitem__(self:HeadMap, l:int) -> AttnSite:
-    "The site of a layer. Raises `KeyError` for one without heads."
+def __getitem__(self:UnitMap, l:int): # The site
+    "The site of a layer. Raises `KeyError` for one without units."
     n, have = len(self), [s.layer for s in self]
     if not -n <= l < n: raise IndexError(
         f'layer {l}: this model has layers 0 to {n-1}')
     if self.sites[l] is None: raise KeyError(
-        f'layer {l} has no softmax attention; layers that have: {have}')
+        f'layer {l} has {self.absent}; layers that have: {have}')
     return self.sites[l]
 
 # %% ../nbs/00_heads.ipynb #c0142
 @patch(as_prop=True)
-def shape(self:HeadMap) -> tuple:
-    "`(layers, most heads of any layer)`."
-    return len(self), max((s.n_heads for s in self), default=0)
+def n(self:UnitMap) -> int:
+    "Units in all."
+    return sum(s.n for s in self)
+
+@patch(as_prop=True)
+def shape(self:UnitMap) -> tuple:
+    "`(layers, most units of any layer)`."
+    return len(self), max((s.n for s in self), default=0)
+
+# %% ../nbs/00_heads.ipynb #27379d59
+class HeadMap(UnitMap):
+    "Every attention head of a decoder."
+    kind = 'heads'
+    absent = 'no softmax attention'
+    headings = ('layers', 'module', 'heads', 'KV heads',
+                'head size', 'layout', 'parameters in heads')
+    short = ('layers', 'module', 'heads', 'KV', 'size', 'layout', 'params')
 
 @patch(as_prop=True)
 def n_heads(self:HeadMap) -> int:
     "Heads in all."
-    return sum(s.n_heads for s in self)
+    return self.n
 
 # %% ../nbs/00_heads.ipynb #c0052
 def layer_stacks(
@@ -808,9 +827,14 @@ def params(self:AttnSite) -> float:
     return query*self.n_heads + group*self.n_kv_heads
 
 @patch
-def head_params(self:HeadMap) -> int:
-    "Parameters held by heads."
+def params(self:UnitMap) -> int:
+    "Parameters held by all units."
     return round(sum(s.params() for s in self))
+
+@patch
+def head_params(self:HeadMap) -> int:
+    "Parameters held by heads: another name of `params`."
+    return self.params()
 
 @patch
 def table(self:HeadMap, unit:str='heads') -> Float[Tensor, 'l h']:
@@ -853,20 +877,24 @@ def text_table(rows:list) -> str:
 
 # %% ../nbs/00_heads.ipynb #c0180
 @patch
-def coverage(self:HeadMap) -> list: # One tuple a line
+def line_of(self:HeadMap,
+    site:AttnSite|None, # The site of a layer
+) -> tuple: # Without the layer and the parameters
+    "What a line of the coverage table says of a layer."
+    if site is None: return self.absent, 0, 0, '', ''
+    name = type(site.attn).__name__
+    return name, site.n_heads, site.n_kv_heads, site.head_dim, site.layout
+
+@patch
+def coverage(self:UnitMap) -> list: # One tuple a line
     "The lines of the coverage table, alike layers merged."
+    keys = [(bool(s and s.shared_by), self.line_of(s)) for s in self.sites]
     rows = []
-    for label, (_, *key), layers in alike_layers(map(_line_key, self.sites)):
+    for label, (_, line), layers in alike_layers(keys):
         sites = filter(None, [self.sites[l] for l in layers])
         held = sum(s.params() for s in sites)
-        rows.append((label, *key, f'{round(held):,}'))
+        rows.append((label, *line, f'{round(held):,}'))
     return rows
-
-def _line_key(s):
-    "What layers on the same line have in common; not all of it is shown."
-    if s is None: return False, 'no softmax attention', 0, 0, '', ''
-    name = type(s.attn).__name__
-    return s.shared_by != (), name, s.n_heads, s.n_kv_heads, s.head_dim, s.layout
 
 # %% ../nbs/00_heads.ipynb #c0182
 def _first_four(title, items):
@@ -876,40 +904,27 @@ def _first_four(title, items):
     return f'{title}: ' + '; '.join(items[:4]) + more + '.'
 
 # %% ../nbs/00_heads.ipynb #c0213
-def map_summary(
-    units, # A `HeadMap` or a `ChannelMap`
-    what:str, # What its units are called
-    n:int, # Units in all
-    held:int, # Parameters that they hold
-) -> list: # Sentences
-    "What a map covers, which modules are shared, and what is not mapped."
-    layers, total = len(list(units)), units.n_params
-    covered = (f'{units.model_type}: {n} {what} in {layers} of {len(units)} layers '
+@patch
+def summary(self:UnitMap) -> list: # Sentences
+    "What is covered, which modules are shared, and what is not mapped."
+    layers, held, total = len(list(self)), self.params(), self.n_params
+    covered = (f'{self.model_type}: {self.n} {self.kind} in {layers} of {len(self)} layers '
                f'hold {held:,} of {total:,} parameters ({held/total:.0%}).')
     shared = [f'{path} runs the module of layer {s.layer}'
-              for s in units for path in s.shared_by]
-    left = [f'{path} ({why})' for path, why in units.unmapped.items()]
+              for s in self for path in s.shared_by]
+    left = [f'{path} ({why})' for path, why in self.unmapped.items()]
     lists = _first_four('Shared', shared), _first_four('Not mapped', left)
     return [covered, *filter(None, lists)]
 
-@patch
-def summary(self:HeadMap) -> list: # Sentences
-    "What is covered, which modules are shared, and what is not mapped."
-    return map_summary(self, 'heads', self.n_heads, self.head_params())
-
 # %% ../nbs/00_heads.ipynb #c0087
-_HEADINGS = ('layers', 'module', 'heads', 'KV heads',
-             'head size', 'layout', 'parameters in heads')
-_SHORT = ('layers', 'module', 'heads', 'KV', 'size', 'layout', 'params')
-
 @patch
-def _repr_markdown_(self:HeadMap):
-    table = markdown_table([_HEADINGS, *self.coverage()])
+def _repr_markdown_(self:UnitMap):
+    table = markdown_table([self.headings, *self.coverage()])
     return '\n\n'.join([table, *self.summary()])
 
 @patch
-def __repr__(self:HeadMap):
-    table = text_table([_SHORT, *self.coverage()])
+def __repr__(self:UnitMap):
+    table = text_table([self.short, *self.coverage()])
     return '\n'.join([table, *self.summary()])
 
 # %% ../nbs/00_heads.ipynb #c0116

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .heads import HEAD_COUNTS, KV_COUNTS, AttnSite
 from .heads import core_linear, in_dim, unit_rows
+from .channels import put_attribute, put_back
 
 # %% ../nbs/02d_wiring.ipynb #c0007
 _OUTER = {  # what a layer calls its inputs (0), its outputs (1)
@@ -124,10 +125,7 @@ class _Wiring(nn.Module):
 @patch
 def put(self:_Wiring, attn, path, name, value):
     "Set an attribute of a module in `attn`, and remember what it was."
-    m = attn.get_submodule(path)
-    held = m.__dict__
-    self.old.append((path, name, name in held, held.get(name)))
-    setattr(m, name, value)
+    put_attribute(attn, path, name, value, self.old)
 
 @patch
 def at(self:_Wiring, name, x):
@@ -143,10 +141,7 @@ def undo(self:_Wiring, attn):
     "Remove the hooks and give the modules their attributes back."
     for hook in self.taps: hook.remove()
     if self.tap: self.tap[1].remove()
-    for path, name, had, value in reversed(self.old):
-        m = attn.get_submodule(path)
-        if had: setattr(m, name, value)
-        else: delattr(m, name)
+    put_back(attn, self.old)
 
 # %% ../nbs/02d_wiring.ipynb #c0036
 _WIDTHS = ('embed_dim', 'hidden_size', 'split_size', 'all_head_size',

@@ -82,7 +82,7 @@ def test_every_layer_is_mapped(name):
         assert site is None or site.layer == l
         assert site is not None or name in PARTLY or any(f'.{l}.' in path for path in cm.unmapped)
     if name not in PARTLY: assert all(s is not None for s in cm.sites)
-    assert cm.channel_params() <= cm.n_params
+    assert cm.params() <= cm.n_params
 
 
 @pytest.mark.parametrize('name', DENSE)
