@@ -18,7 +18,7 @@ from .heads import OTHER_INPUT, HeadMap, UnitMap, UnsupportedArchitecture
 from .heads import base_model, check_decoder, head_map, layer_rows
 from .heads import core_linear, core_name, has_module, in_dim
 from .heads import check_keep, in_features, out_features, param_at
-from .heads import disturbed, inputs_of, text_table
+from .heads import disturbed, inputs_of
 
 # %% ../nbs/00a_channels.ipynb #c0011
 @dataclass

@@ -18,9 +18,9 @@ from .surgery import HeadPlan, apply_plan, check_ready
 from .state import transaction
 from .pruning import check_free
 from .memory import local_channels, read_channels, write_channels
-from .regrow import Regrowth, as_repaired, drawn, move_param, number_of
-from .regrow import observe, out_names, restored_shares, saved_bridges
-from .regrow import settle, take_bridges, wish
+from .repair import move_param, take_bridges
+from .regrow import Regrowth, as_repaired, drawn, number_of
+from .regrow import observe, out_names, restored_shares, saved_bridges, wish
 
 # %% ../nbs/04b_regrow_channels.ipynb #c0009
 CHANNEL_STRATEGIES = ('gradient', 'balanced', 'random')
@@ -479,12 +479,7 @@ def _plant_all(model, m, job, chosen, warmup, gate, info):
         gates, shares[l] = job.plant(l, ids, ~kept[l, ids], gate)
         target[l] = dict(units=ids, gate=gates)
     way = ChannelRegrowth(model, shares, target, max(1, warmup), info)
-    way.bridges = take_bridges(m, 'channels', restored)
-    if warmup == 0:
-        way.step()
-        settle(m, exact)
-        way.warmup = 0
-    return way
+    return way.set_out(take_bridges(m, 'channels', restored), warmup, exact)
 
 # %% ../nbs/04b_regrow_channels.ipynb #c0047
 @torch.no_grad()

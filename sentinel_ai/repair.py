@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'BIAS_FLAGS', 'CHANNEL_RIDGE', 'predict', 'holds_bias', 'projection_name', 'change_param', 'repair_layer',
-           'check_free', 'undo_repair', 'repair_share', 'out_weight', 'shift_repair', 'Bridge', 'in_order', 'stand_in',
-           'batch_on', 'measure_bridges', 'solve_bridge', 'text_loss', 'full_width', 'put_bridge', 'remove_bridge']
+           'check_free', 'undo_repair', 'repair_share', 'out_weight', 'move_param', 'shift_repair', 'Bridge',
+           'in_order', 'stand_in', 'batch_on', 'measure_bridges', 'solve_bridge', 'text_loss', 'full_width',
+           'put_bridge', 'take_bridges', 'lower_bridges']
 
 # %% ../nbs/03a_repair.ipynb #c0003
 import copy, torch
@@ -260,15 +261,20 @@ def out_weight(
     name = projection_name(m, lin)
     return f'{name}.weight', f'{name}.bias', in_dim(lin)
 
-def _add_full(m, name, delta):
-    "Add to a parameter at full width, and to the log of it."
+@torch.no_grad()
+def move_param(
+    m:nn.Module, # An adapted model
+    name:str, # Of an output projection's weight or bias
+    change:Tensor, # Added, in the shape as built
+):
+    "Change what repair has written; the log of repairs moves along."
     changed = m.sentinel.repairs.changed
     before = full_param(m, name).clone()
-    put_full(m, name, delta, add=True)
+    put_full(m, name, change, add=True)
     if name not in changed: return
     old, new = changed[name]
     as_left = torch.equal(before, new)
-    moved = full_param(m, name).clone() if as_left else new + delta.to(new)
+    moved = full_param(m, name).clone() if as_left else new + change.to(new)
     changed[name] = old, moved
 
 # %% ../nbs/03a_repair.ipynb #c0051
@@ -284,8 +290,8 @@ def shift_repair(
     weight, bias, dim = out_weight(m, layer)
     delta = -by*(share['A'] @ share['B'])                            # k o
     shift = -by*(share['a0'] @ share['B'])                           # o
-    _add_full(m, weight, delta if dim == 0 else delta.mT)
-    if shift.any(): _add_full(m, bias, shift)
+    move_param(m, weight, delta if dim == 0 else delta.mT)
+    if shift.any(): move_param(m, bias, shift)
 
 # %% ../nbs/03a_repair.ipynb #c0055
 @dataclass
@@ -434,15 +440,34 @@ def put_bridge(
         if not text_loss(m, batches) < before: trial.rollback()
 
 # %% ../nbs/03a_repair.ipynb #c0073
+def take_bridges(
+    model:nn.Module, # An adapted model
+    kind:str, # 'heads' or 'channels'
+    shares:dict, # Layer to the share of its pruned units that are restored
+) -> dict: # Layer to `name`, `B` and `b`
+    "What is to be taken off of the bridges of these layers."
+    log, res = base_model(model).sentinel.repairs.bridges, {}
+    for l, share in shares.items():
+        bridge = log.pop((kind, l), None)
+        if bridge is None: continue
+        def part(x): return None if x is None else share*x
+        def rest(x): return None if x is None else (1 - share)*x
+        res[l] = dict(name=bridge['name'], B=part(bridge['B']), b=part(bridge['b']))
+        if share == 1: continue
+        log[kind, l] = dict(bridge, B=rest(bridge['B']), b=rest(bridge['b']))
+    return res
+
+# %% ../nbs/03a_repair.ipynb #c5a3f708
 @torch.no_grad()
-def remove_bridge(
-    m:nn.Module, # The adapted model
-    kind:str, layer:int, # A sublayer that another stood in for
+def lower_bridges(
+    model:nn.Module, # An adapted model
+    bridges, # What `take_bridges` gave: dicts of `name`, `B` and `b`
+    by:float, # How much of them to take off: 1 for all
 ):
-    "Take off what another sublayer writes in place of this one, if any."
-    bridge = m.sentinel.repairs.bridges.pop((kind, layer), None)
-    if bridge is None: return
-    name, B, b = bridge['name'], bridge['B'], bridge['b']
-    dim = in_dim(core_linear(m.get_submodule(name)))
-    _add_full(m, f'{name}.weight', -(B if dim == 1 else B.mT))
-    if b is not None: _add_full(m, f'{name}.bias', -b)
+    "Take off a part of what other sublayers write in place of these."
+    m = base_model(model)
+    for bridge in bridges:
+        name, B, b = bridge['name'], bridge['B'], bridge['b']
+        dim = in_dim(core_linear(m.get_submodule(name)))
+        move_param(m, f'{name}.weight', -by*(B if dim == 1 else B.mT))
+        if b is not None: move_param(m, f'{name}.bias', -by*b)
