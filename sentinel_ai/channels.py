@@ -605,7 +605,9 @@ def channel_map(
 ) -> ChannelMap:
     "Find every channel of a dense MLP. Raises `UnsupportedArchitecture` without."
     model = base_model(model)
-    if (state := model.__dict__.get('sentinel')) is not None and state.now.channels is not None: return state.now.channels
+    state = model.__dict__.get('sentinel')
+    is_known = state is not None and state.now.channels is not None
+    if is_known: return state.now.channels
     check_decoder(model)
     found, unmapped, shared = _read_all(model)
     _join_twins(found, shared)

@@ -374,6 +374,15 @@ def _place(site, config):
     look(new, site)
 
 # %% ../nbs/01_gates.ipynb #c0062
+def _place_budget(m, found, config):
+    "The multipliers of the budget, if the config has one."
+    if is_adaptive(m) and hasattr(m, 'sentinel_budget'): del m.sentinel_budget
+    if config.sparsity is None: return
+    from sentinel_ai.budget import Budget
+    first = next(iter(found)).module.sentinel
+    m.sentinel_budget = Budget(first.gate.device)
+
+# %% ../nbs/01_gates.ipynb #ad0000b8
 def adapt(
     model:nn.Module, # Any decoder of transformers, also inside a PEFT wrapper
     config:GateConfig|None=None, # How gates behave; default static gates at 1
@@ -396,14 +405,6 @@ def adapt(
         _listen(m)
     return model
 
-def _place_budget(m, found, config):
-    "The multipliers of the budget, if the config has one."
-    if is_adaptive(m) and hasattr(m, 'sentinel_budget'): del m.sentinel_budget
-    if config.sparsity is None: return
-    from sentinel_ai.budget import Budget
-    first = next(iter(found)).module.sentinel
-    m.sentinel_budget = Budget(first.gate.device)
-
 # %% ../nbs/01_gates.ipynb #c0065
 def need_adapted(model):
     "The model inside any wrapper; raises `TypeError` if it has no gates."
@@ -416,6 +417,7 @@ def is_merged(model:nn.Module) -> bool:
     now = need_adapted(model).sentinel.now
     return any(site.module.sentinel.folded is not None for site in now)
 
+# %% ../nbs/01_gates.ipynb #1e7787a9
 def unadapt(
     model:nn.Module, # An adapted model
     bake:bool=False, # Fold the gates into the weights first
@@ -639,6 +641,28 @@ def put(self:Sentinel,
     else: found[0][found[1]] = new
 
 # %% ../nbs/01_gates.ipynb #c0093
+def _table_of_dict(found, values, unit):
+    "Single units' values as a table, NaN for all others."
+    new = torch.full(found.shape, math.nan, device='cpu')
+    for (l, u), value in values.items():
+        what, n = f'layer {l} {unit} {u}', found[l].n
+        if not 0 <= u < n: raise IndexError(
+            f'{what}: layer {l} has {unit}s 0 to {n-1}')
+        new[l, u] = _check_gates(value, what)
+    return new
+
+# %% ../nbs/01_gates.ipynb #c0094
+def _table_of(found, values, unit):
+    "Values as a table, each checked."
+    if isinstance(values, dict): return _table_of_dict(found, values, unit)
+    t = torch.as_tensor(values, dtype=torch.float32).cpu()
+    if t.ndim and t.shape != found.shape: raise ValueError(
+        f'a table of shape {tuple(t.shape)} was given; '
+        f'this model needs {tuple(found.shape)} (layers, {unit}s)')
+    _check_gates(t[~t.isnan()], 'gates')
+    return t.expand(found.shape)
+
+# %% ../nbs/01_gates.ipynb #5bd8ef77
 @torch.no_grad()
 def set_gates(
     model:nn.Module, # An adapted model
@@ -657,27 +681,6 @@ def set_gates(
             sentinel.put(new[site.layer, :site.n])
             if has_changed(sentinel): look(sentinel, site)
     return model
-
-def _table_of(found, values, unit):
-    "Values as a table, each checked."
-    if isinstance(values, dict): return _table_of_dict(found, values, unit)
-    t = torch.as_tensor(values, dtype=torch.float32).cpu()
-    if t.ndim and t.shape != found.shape: raise ValueError(
-        f'a table of shape {tuple(t.shape)} was given; '
-        f'this model needs {tuple(found.shape)} (layers, {unit}s)')
-    _check_gates(t[~t.isnan()], 'gates')
-    return t.expand(found.shape)
-
-# %% ../nbs/01_gates.ipynb #c0094
-def _table_of_dict(found, values, unit):
-    "Single units' values as a table, NaN for all others."
-    new = torch.full(found.shape, math.nan, device='cpu')
-    for (l, u), value in values.items():
-        what, n = f'layer {l} {unit} {u}', found[l].n
-        if not 0 <= u < n: raise IndexError(
-            f'{what}: layer {l} has {unit}s 0 to {n-1}')
-        new[l, u] = _check_gates(value, what)
-    return new
 
 # %% ../nbs/01_gates.ipynb #c0121
 def save_plain(model, save_directory, *args, **kwargs):

@@ -75,6 +75,7 @@ class Seen:
     raw: Tensor                  # The same in front of the gates
     y: Tensor|None = None        # What it gives
 
+# %% ../nbs/02_measure.ipynb #80fcdfb6
 class Taps:
     "Sees what output projections read, and makes it variables while gradients are on."
     def __init__(self,
@@ -273,6 +274,15 @@ def _loss(self:_Recorder, model, i, ids, args, labels):
     return loss
 
 @patch
+def begin(self:_Recorder, ids, mask):
+    "Note which tokens of a batch are valid, and where each row begins."
+    has_mask = mask is not None
+    self.valid = mask if has_mask else torch.ones_like(ids, dtype=torch.bool)
+    starts = mask.int().argmax(1) if has_mask else None
+    if self.watch: self.watch.start = starts
+
+# %% ../nbs/02_measure.ipynb #b903b61e
+@patch
 def run(self:_Recorder,
     model, # The base model
     i:int, # The batch's number
@@ -282,8 +292,7 @@ def run(self:_Recorder,
     "Measure one batch."
     ids, mask, labels = batch
     args = forward_args(model, mask)
-    self.valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    if self.watch: self.watch.start = None if mask is None else mask.int().argmax(1)
+    self.begin(ids, mask)
     wants_grad = bool(self.predict) or 'gradient' in self.what
     with self.watch or ExitStack(), torch.set_grad_enabled(wants_grad):
         if wants_grad: loss = self._loss(model, i, ids, args, labels)
@@ -292,7 +301,8 @@ def run(self:_Recorder,
         self.loss += float(loss.detach())
         self.n_losses += len(ids)
         self.gradients(loss)
-    if 'attribution' in self.what: self.along_path(steps, partial(self._loss, model, i, ids, args, labels))
+    if 'attribution' in self.what:
+        self.along_path(steps, partial(self._loss, model, i, ids, args, labels))
     self.check_sound(i)
     return int(self.valid.sum())
 
@@ -353,6 +363,7 @@ def _curves(heads, sums):
         res[s.layer, :s.n_heads, :mean.shape[1]] = mean
     return res
 
+# %% ../nbs/02_measure.ipynb #6e1cc477
 @patch
 def stats(self:_Recorder, **info) -> HeadStats:
     "All that was measured."

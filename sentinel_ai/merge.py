@@ -128,6 +128,7 @@ def _unfolded(sentinel, W):
     is_known = (is_same | (gate.flatten() == 0))[:, None, None]
     return changed, torch.where(is_known, kept, now/gate)
 
+# %% ../nbs/01b_merge.ipynb #7d746d1d
 def _unfold(site):
     "Take one layer's gates out of its weights."
     sentinel, lin = site.module.sentinel, core_linear(site.out)
