@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RERUN', 'random_config', 'random_model', 'may_store', 'rerun', 'results_file', 'store_result', 'cache_of',
-           'with_cache']
+           'with_cache', 'command_output', 'check_command']
 
 # %% ../nbs/000_testing.ipynb #c0003
-import difflib, json, os, torch
+import difflib, io, json, os, torch
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache
@@ -195,3 +196,32 @@ def with_cache(
     "The cache of an output as the argument that the model takes."
     name = 'cache' if 'cache' in output else 'past_key_values'
     return {'use_cache': True, name: cache_of(output)}
+
+# %% ../nbs/000_testing.ipynb #ba320a35
+def _run(command, argv):
+    "Exit code, and what was written to each channel"
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try: code = command(list(argv))
+        except SystemExit as e: code = e.code
+    return code or 0, out.getvalue(), err.getvalue()
+
+def command_output(
+    command, # A function of a list of arguments
+    *argv:str, # The arguments
+) -> str: # What it writes to standard output
+    "Run a command. Raises `AssertionError` when it fails."
+    code, out, err = _run(command, argv)
+    assert code == 0, f'exit code {code}: {err}'
+    return out
+
+def check_command(
+    command, # A function of a list of arguments
+    argv:list, # The arguments
+    code:int=2, # The exit code that it has to end with
+    says:str='', # What its error channel has to contain
+):
+    "Raise `AssertionError` unless a command ends as it should."
+    got, _, err = _run(command, argv)
+    assert got == code, f'exit code {got} instead of {code}: {err}'
+    assert says in err, f'{says!r} is not in {err!r}'
