@@ -214,16 +214,17 @@ def detach_hook(sentinel):
 def mark_of(sentinel):
     "What tells whether gates changed: parameter, version, gradient, factors."
     gate = sentinel._parameters['gate']
-    version = 0 if gate.is_inference() else gate._version
+    version = None if gate.is_inference() else gate._version
     return gate, version, gate.requires_grad, sentinel._buffers['factor']
 
 def has_changed(sentinel) -> bool:
     "May the gates be others than when they were last looked at?"
-    gate, seen = sentinel._parameters['gate'], sentinel.seen
-    if seen is None or gate is not seen[0]: return True
-    if sentinel._buffers['factor'] is not seen[3]: return True
-    if gate.requires_grad != seen[2]: return True
-    return not gate.is_inference() and gate._version != seen[1]
+    if sentinel.seen is None: return True
+    seen, version, learns, factor = sentinel.seen
+    gate = sentinel._parameters['gate']
+    if gate is not seen or sentinel._buffers['factor'] is not factor: return True
+    if gate.requires_grad != learns: return True
+    return version is not None and gate._version != version
 
 # %% ../nbs/01_gates.ipynb #c0040
 def _is_idle(sentinel):
@@ -249,7 +250,7 @@ class AdaptiveMixin:
         compiling = torch.compiler.is_compiling()
         for site in self.sentinel.now:
             sentinel = site.module._modules['sentinel']
-            _follow(sentinel, site)
+            if sentinel.tap or site.stay == 'qkv': _follow(sentinel, site)
             if not compiling: _notice(sentinel, site)
 
     def __reduce_ex__(self, protocol):
@@ -269,7 +270,7 @@ class AdaptiveMixin:
 # %% ../nbs/01_gates.ipynb #c0045
 def _follow(sentinel, site):
     "Move a hook whose projection was wrapped or replaced."
-    if getattr(site, 'stay', '') == 'qkv':
+    if site.stay == 'qkv':
         inner = site.inner
         if hasattr(inner, 'sentinel_wiring'): inner.sentinel_wiring.sync(site.out)
     tap = sentinel.tap
