@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from .choose import Selection
 from .measure import HeadStats
 from .plan import HeadPlan, existing
 
@@ -192,69 +193,6 @@ def _protected(plan, protect):
         table[l, h] = True
     return table
 
-# %% ../nbs/05a_policy.ipynb #c0036
-def _by_half(s, plan, fixed, least):
-    "Above one half opens, below closes; the best `least` of each layer are kept."
-    there = torch.where(plan.exists, s, -math.inf)
-    rank = there.argsort(dim=1, descending=True, stable=True).argsort(1)
-    first = rank < least[:, None]
-    return plan.exists & ((s > .5) | first & (s > -math.inf) | fixed & plan.keep)
-
-# %% ../nbs/05a_policy.ipynb #c0039
-class _Filling:
-    "A plan in the making: heads are closed and opened one at a time."
-    def __init__(self, scores, plan, fixed, least):
-        self.scores, self.plan = scores, plan
-        self.fixed, self.least = fixed, least
-        self.keep = plan.keep.clone()
-
-    @property
-    def closed(self): return self.plan.exists & ~self.keep
-
-    def worst(self, among):
-        "The lowest of the open heads that may be closed, as a flat index, or None."
-        enough = (self.keep.sum(1) > self.least)[:, None]
-        may = self.keep & enough & among & ~self.fixed
-        if not may.any(): return None
-        return int(torch.where(may, self.scores, math.inf).argmin())
-
-    def best(self, among):
-        "The highest of the closed heads with a score, as a flat index, or None."
-        may = self.closed & among & (self.scores > -math.inf)
-        if not may.any(): return None
-        return int(torch.where(may, self.scores, -math.inf).argmax())
-
-# %% ../nbs/05a_policy.ipynb #c0042
-@patch
-def _stuck(self:_Filling, n, closed):
-    rules = f'{int(self.fixed.sum())} protected and {self.least.tolist()} heads kept by layer'
-    check_value(False, f'closing {n} heads with {rules}', f'up to {closed}')
-
-@patch
-def meet(self:_Filling, n):
-    "Close the worst or open the best until `n` heads are closed."
-    anywhere = torch.ones_like(self.keep)
-    while (now := int(self.closed.sum())) < n:
-        i = self.worst(anywhere)
-        if i is None: self._stuck(n, now)
-        self.keep.view(-1)[i] = False
-    while (now := int(self.closed.sum())) > n:
-        i = self.best(anywhere)
-        check_value(i is not None, f'opening heads until {n} are closed',
-                    f'{now} closed or more, as the others were not measured')
-        self.keep.view(-1)[i] = True
-
-@patch
-def swap(self:_Filling, most):
-    "Let closed heads change places with worse open ones, `most` pairs."
-    flat = self.scores.view(-1)
-    for _ in range(most):
-        better = self.best(~self.plan.keep)
-        worse = self.worst(self.plan.keep)
-        if better is None or worse is None or flat[better] <= flat[worse]: break
-        self.keep.view(-1)[better] = True
-        self.keep.view(-1)[worse] = False
-
 # %% ../nbs/05a_policy.ipynb #c0044
 def settle(
     scores:Float[Tensor, 'l h'], # Highest are kept; NaN where nothing is known
@@ -269,16 +207,15 @@ def settle(
     s = _biased(scores, plan, hysteresis)
     fixed = _protected(plan, protect)
     least = plan.exists.sum(1).clamp_max(min_heads)
-    if share is None: keep = _by_half(s, plan, fixed, least)
+    heads = Selection(s, plan.exists, plan.keep, fixed, least)
+    if share is None: heads.keep_above(.5)
     else:
         check_value(0 <= share <= 1, f'share={share!r}', '0 to 1')
         n = round(share*int(plan.exists.sum()))
-        filling = _Filling(s, plan, fixed, least)
-        filling.meet(n)
-        filling.swap(round(exchange*n))
-        keep = filling.keep
+        heads.prune_to(n)
+        heads.swap(round(exchange*n))
     columns, info = list(plan.columns), dict(plan.info)
-    return replace(plan, keep=keep, columns=columns, info=info)
+    return replace(plan, keep=heads.kept, columns=columns, info=info)
 
 # %% ../nbs/05a_policy.ipynb #c0051
 class Policy:

@@ -17,7 +17,7 @@ from .heads import (
 from .channels import channel_map
 from .choose import (
     choose, choose_evenly, choose_units, closed_cost, head_items,
-    reachable_cost, total_cost, units_of)
+    reachable_cost, strongest, total_cost, units_of)
 from .gates import (
     adapt, check_edit, gate_values, is_adaptive, is_merged, set_gates)
 from .measure import (
@@ -422,8 +422,7 @@ def _keep_one(heads, table):
     "Protect the open head that is worth most: a model needs one."
     is_open = heads.exists & ~heads.closed
     if (is_open & heads.protect).any() or not is_open.any(): return
-    worth = table.double().nan_to_num(-math.inf)
-    best = int(torch.where(is_open, worth, -math.inf).argmax())
+    best = strongest(table.double(), 1, is_open)
     heads.protect = heads.protect.clone()
     heads.protect.view(-1)[best] = True
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from .choose import rank_in_layer, strongest
 from .heads import (UnsupportedArchitecture, base_model,
                                check_weights, core_linear)
 from .gates import adapt, gate_values, set_gates, need_adapted
@@ -64,10 +65,10 @@ def _entropy_gap(stats, plan):
 def _balanced(stats, plan):
     "A layer's share of open heads before each further one opens, lowest first."
     inner = torch.zeros(plan.keep.shape)
-    if stats is not None and 'grad' in stats.tables: inner = stats['grad'].abs()
+    is_measured = stats is not None and 'grad' in stats.tables
+    if is_measured: inner = stats['grad'].abs().nan_to_num(math.inf)
     inner = torch.where(plan.exists & ~plan.keep, inner, -math.inf)
-    order = inner.argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
+    rank = rank_in_layer(inner)
     n_open = plan.keep.sum(1, keepdim=True)
     return -(n_open + rank)/plan.exists.sum(1, keepdim=True).clamp_min(1)
 
@@ -194,7 +195,9 @@ def _strongest(m, site, table, among=None, used=()):
     def is_open(i): return gates[i] > 0 and (among is None or i in among)
     open_ = [i for i in range(site.n_heads) if is_open(i)]
     unused = [i for i in open_ if i not in used]
-    return max(unused or open_, key=row.__getitem__, default=None)
+    candidates = torch.zeros_like(row, dtype=torch.bool)
+    candidates[unused or open_] = True
+    return next(iter(strongest(row, 1, candidates).tolist()), None)
 
 # %% ../nbs/04b_regrow.ipynb #c0044
 class Regrowth:
@@ -381,10 +384,8 @@ def _pick(m, amount, batches, strategy, stats, seed, init):
     if n >= closed.sum(): return [tuple(x) for x in closed.nonzero().tolist()]
     if stats is None: stats = _measured(m, batches, strategy)
     wishes = wish(stats, plan, strategy, seed).nan_to_num(-1e30)
-    t = torch.where(closed, wishes, -math.inf)
-    order = t.flatten().argsort(descending=True, stable=True).tolist()
-    heads = [divmod(i, t.shape[1]) for i in order]
-    return [x for x in heads if t[x] > -math.inf][:n]
+    order = strongest(wishes, n, closed).tolist()
+    return [divmod(i, closed.shape[1]) for i in order]
 
 # %% ../nbs/04b_regrow.ipynb #c0072
 def _check_split(m, l, warmup, where):

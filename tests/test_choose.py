@@ -2,12 +2,20 @@
 
 `pytest tests/test_choose.py -k budget` runs what concerns budgets.
 """
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sentinel_ai.agency import Agency
 from sentinel_ai.choose import Units, choose_units, choose_units_evenly, closed_cost, reachable_cost
+from sentinel_ai.gates import adapt, set_gates
+from sentinel_ai.measure import HeadStats
+from sentinel_ai.policy import settle, toy_plan
+from sentinel_ai.regrow import regrow, wish
+from sentinel_ai.regrow_channels import highest
+from sentinel_ai.testing import random_model
 
 torch.set_num_threads(1)
 SEEDS = range(8)
@@ -189,3 +197,125 @@ def test_bad_goals_and_prices_are_named():
     with pytest.raises(ValueError, match='finite'): choose_units([replace(u, vectors=None, worth=torch.full((2, 8), torch.nan))], 4)
     with pytest.raises(ValueError, match='windows'): choose_units([u, replace(u, vectors=u.vectors[:3])], 4)
     assert torch.equal(choose_units([u], 0)[0], u.closed)
+
+
+# What the modules that decide and restore pick, ties included: eighths as scores are exact, and many of them are equal.
+HEADS = (6, 6, 4, 1, 5)
+
+
+def eighths(g, shape): return torch.randint(0, 9, shape, generator=g)/8
+
+
+def random_plan(g, share):
+    keep = random_table(g, (len(HEADS), max(HEADS)), 1 - share)
+    return toy_plan(HEADS, [(l, h) for l, n in enumerate(HEADS) for h in range(n) if not keep[l, h]])
+
+
+def pairs(table): return [tuple(x) for x in table.nonzero().tolist()]
+
+
+def naive_settle(scores, plan, share, min_heads, protect, hysteresis, exchange):
+    "The kept heads by definition, None where the share can't be met; of equals the first goes or returns."
+    exists, was = pairs(plan.exists), set(pairs(plan.keep))
+    s = {x: -math.inf if scores[x].isnan() else float(scores[x]) + (hysteresis if x in was else -hysteresis) for x in exists}
+    least = {l: min(min_heads, n) for l, n in enumerate(plan.built)}
+    if share is None:
+        first = {x for l in least for x in sorted((x for x in exists if x[0] == l), key=lambda x: -s[x])[:least[l]]}
+        return {x for x in exists if s[x] > .5 or x in first and s[x] > -math.inf or x in protect and x in was}
+    kept = set(was)
+
+    def worst(among):
+        enough = {l for l in least if sum(x[0] == l for x in kept) > least[l]}
+        return min((x for x in exists if x in kept & among and x[0] in enough and x not in protect), key=s.get, default=None)
+
+    def best(among): return max((x for x in exists if x in among - kept and s[x] > -math.inf), key=s.get, default=None)
+
+    goal = len(exists) - round(share*len(exists))
+    while len(kept) != goal:
+        x = worst(kept) if len(kept) > goal else best(set(exists))
+        if x is None: return None
+        kept ^= {x}
+    for _ in range(round(exchange*(len(exists) - goal))):
+        better, worse = best(set(exists) - was), worst(was)
+        if better is None or worse is None or s[better] <= s[worse]: break
+        kept ^= {better, worse}
+    return kept
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_settle_is_the_naive_rule(seed):
+    g = torch.Generator().manual_seed(seed)
+    plan = random_plan(g, (.1, .3, .6)[seed % 3])
+    scores = eighths(g, plan.keep.shape)
+    unknown = plan.exists & ~plan.keep & random_table(g, scores.shape, .2)
+    scores = torch.where(unknown | ~plan.exists, math.nan, scores)
+    protect = pairs(plan.exists & random_table(g, scores.shape, .1))
+    for share in (None, 0., .2, .4, .6, .9):
+        for min_heads, hysteresis, exchange in ((0, .125, 1.), (1, 0., .3), (2, .25, 0.)):
+            rules = share, min_heads, protect, hysteresis, exchange
+            want = naive_settle(scores, plan, *rules)
+            if want is None:
+                with pytest.raises(ValueError, match='up to|closed or more'): settle(scores, plan, *rules)
+            else: assert set(pairs(settle(scores, plan, *rules).keep)) == want
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+@pytest.mark.parametrize('is_measured', [False, True])
+def test_balanced_wishes_take_turns(seed, is_measured):
+    "In each layer the pruned heads by gradient, of equals the first; each is wished for by the share kept before it."
+    g = torch.Generator().manual_seed(seed)
+    plan = random_plan(g, .5)
+    grad = eighths(g, plan.keep.shape) - .5
+    stats = HeadStats(dict(grad=grad)) if is_measured else None
+    got = wish(stats, plan, 'balanced')
+    for l, n in enumerate(HEADS):
+        kept = int(plan.keep[l].sum())
+        order = sorted((h for h in range(n) if not plan.keep[l, h]), key=lambda h: -abs(float(grad[l, h])) if is_measured else 0)
+        for rank, h in enumerate(order): assert got[l, h] == -torch.tensor(kept + rank)/n
+
+
+@pytest.mark.parametrize('withdrawn', [False, True])
+def test_regrow_restores_the_highest_wishes_in_order(withdrawn):
+    "Of equals the first; what has no wish comes last; what doesn't consent isn't asked."
+    table = torch.tensor([[.5, 2., math.nan, 2.], [.5, 3., .5, -1.]])
+    order = [(1, 1), (0, 1), (0, 3), (0, 0), (1, 0), (1, 2), (0, 2)]            # (1, 3) is open
+    if withdrawn: order.remove((0, 3))
+    for n in range(len(order) + 1):
+        model = adapt(random_model('llama'))
+        set_gates(model, {x: 0. for x in [*order, (0, 3)]})
+        if withdrawn:
+            agency = Agency()
+            agency.attach(model)
+            agency.withdraw((0, 3), 'test')
+        got = regrow(model, n, strategy=table, init='zero').heads
+        assert got == (order[:n] if n < len(order) else sorted(order))          # without a choice in the order of the model
+
+
+def naive_highest(wishes, closed, kept, n, multiple):
+    "The best portion that fits, one after the other; of equal ones that of the first layer."
+    chosen, free = set(), {l: sorted((u for u in range(closed.shape[1]) if closed[l, u]), key=lambda u: -wishes[l, u])
+                           for l in range(len(closed))}
+    while True:
+        portions = {l: us[:-(int(kept[l]) + sum(x[0] == l for x in chosen)) % multiple or multiple] for l, us in free.items()}
+        fits = [l for l, us in portions.items() if us and len(us) <= n]
+        if not fits: return chosen
+        best = max(fits, key=lambda l: sum(wishes[l, u] for u in portions[l])/len(portions[l]))
+        n -= len(portions[best])
+        chosen |= {(best, u) for u in portions[best]}
+        free[best] = free[best][len(portions[best]):]
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+@pytest.mark.parametrize('multiple', [1, 2, 4, 16])
+def test_channels_with_the_highest_wishes_are_restored(seed, multiple):
+    g = torch.Generator().manual_seed(seed)
+    exists = torch.ones(3, 24, dtype=torch.bool)
+    exists[2, 17:] = False
+    closed = exists & random_table(g, exists.shape, .6)
+    wishes, kept = eighths(g, exists.shape), (exists & ~closed).sum(1)
+    wishes[exists & random_table(g, exists.shape, .1)] = math.nan
+    seen = wishes.nan_to_num(-1e30).tolist()
+    table = {(l, u): seen[l][u] for l in range(3) for u in range(24)}
+    for n in (0, 1, 5, 14, 30, 100):
+        got = highest(wishes, closed, kept, n, multiple)
+        assert set(pairs(got)) == naive_highest(table, closed, kept, n, multiple)
