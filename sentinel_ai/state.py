@@ -149,13 +149,15 @@ class _Parameter:
         for x in self.inner: x.restore()
 
 class _Optimizer:
-    "The groups of an optimiser and its state for each parameter."
+    "The groups of an optimiser, its state for each parameter, its hooks."
     def __init__(self, optimizer):
         self.optimizer = optimizer
+        self.attributes = _Attributes(optimizer)
         self.state = {p: dict(s) for p, s in optimizer.state.items()}
         self.groups = [(g, dict(g, params=list(g['params']))) for g in optimizer.param_groups]
 
     def restore(self):
+        self.attributes.restore()
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
         for group, held in self.groups:
@@ -169,6 +171,11 @@ def _copied(x):
     if type(x) is dict: return {k: _copied(v) for k, v in x.items()}
     return [_copied(v) for v in x] if type(x) is list else x
 
+class _Observer:
+    "An object that takes its own snapshot."
+    def __init__(self, x): self.x, self.held = x, x.snapshot()
+    def restore(self): self.x.rollback(self.held)
+
 class _State:
     "The fields of a state and of what it refers to."
     def __init__(self, state):
@@ -178,14 +185,36 @@ class _State:
         self.repairs = RepairLog(*(_copied(x) for x in (r.changed, r.predictors, r.channels, r.bridges)))
         maps = [m for found in (state.built, state.now) for m in (found, found.heads, found.channels) if m is not None]
         self.maps = [(m, dict(vars(m))) for m in {id(m): m for m in maps}.values()]
-        self.observers = [(x, x.snapshot()) for x in state.observers]
+        self.observers = [_Observer(x) for x in state.observers]
 
     def restore(self):
         vars(self.state).update(self.fields)
         s = self.state
         s.plan, s.stash, s.grown, s.repairs = self.plan, self.stash, self.grown, self.repairs
         for hm, fields in self.maps: vars(hm).update(fields)
-        for observer, held in self.observers: observer.rollback(held)
+        for x in self.observers: x.restore()
+
+# %% ../nbs/00c_state.ipynb #dceddbdb
+def _snapshots_of(m):
+    "What brings a model back."
+    res = [_Attributes(x) for x in m.modules()]
+    res += [_Parameter(p) for p in m.parameters()]
+    config = getattr(m, 'config', None)
+    if hasattr(config, '__dict__'): res.append(_Attributes(config))
+    state = state_of(m)
+    return res if state is None else [*res, _State(state)]
+
+def _parts_of(x):
+    "An object; of a module also what it consists of."
+    if isinstance(x, nn.Module): return [*x.modules(), *x.parameters()]
+    return [x] if hasattr(x, '__dict__') else []
+
+def _snapshot_of(x):
+    "What brings an object back."
+    if isinstance(x, nn.Parameter): return _Parameter(x)
+    if isinstance(x, torch.optim.Optimizer): return _Optimizer(x)
+    has_snapshot = hasattr(x, 'snapshot') and hasattr(x, 'rollback')
+    return _Observer(x) if has_snapshot else _Attributes(x)
 
 # %% ../nbs/00c_state.ipynb #c0021
 _LOCAL = threading.local()   # the transaction in force, in each thread
@@ -196,18 +225,18 @@ def _put_back(path, held):
 
 class Transaction:
     "What a model was before an edit."
-    def __init__(self, model, optimizer=None):
-        m, self.outer, self.copies, self.files = base_model(model), getattr(_LOCAL, 'now', None), {}, {}
-        config = getattr(m, 'config', None)
-        self.held = [_Attributes(x) for x in m.modules()]
-        self.held += [_Parameter(p) for p in m.parameters()]
-        if hasattr(config, '__dict__'): self.held.append(_Attributes(config))
-        if optimizer is not None: self.held.append(_Optimizer(optimizer))
-        if (state := state_of(m)) is not None: self.held.append(_State(state))
+    def __init__(self, model=None, optimizer=None):
+        self.outer = getattr(_LOCAL, 'now', None)
+        self.held = [] if model is None else _snapshots_of(base_model(model))
+        self.others, self.copies, self.files = {}, {}, {}
+        if optimizer is not None: self.others[id(optimizer)] = _Optimizer(optimizer)
 
     def hold(self, *objects):
-        "Remember the attributes of other objects that the edit changes: a scheduler, a controller."
-        self.held += [_Attributes(x) for x in objects if hasattr(x, '__dict__')]
+        "Remember other objects that the edit changes: a scheduler, a controller with its tensors."
+        for x in objects:
+            for part in _parts_of(x): self.others.setdefault(id(part), _snapshot_of(part))
+            if isinstance(x, nn.Module):
+                for t in (*x.parameters(), *x.buffers()): self.will_write(t)
 
     def will_write(self, t):
         "Remember what a tensor holds, before it is written in place."
@@ -224,10 +253,12 @@ class Transaction:
         if self.outer is None: return
         for key, held in self.copies.items(): self.outer.copies.setdefault(key, held)
         for path, held in self.files.items(): self.outer.files.setdefault(path, held)
+        for key, held in self.others.items(): self.outer.others.setdefault(key, held)
 
     @torch.no_grad()
     def rollback(self):
         "Bring everything back."
+        for x in reversed(self.others.values()): x.restore()     # what was held first counts
         for x in self.held: x.restore()
         for _, data, old in reversed(self.copies.values()): data.copy_(old)     # two names of one tensor: the first copy counts
         for path, held in self.files.items():
@@ -237,7 +268,7 @@ class Transaction:
 # %% ../nbs/00c_state.ipynb #c0022
 @contextlib.contextmanager
 def transaction(
-    model:nn.Module, # Any decoder, adapted or not
+    model:nn.Module|None=None, # Any decoder, adapted or not; None: only what `hold` is told
     optimizer:torch.optim.Optimizer|None=None, # Part of it, if one is given
 ):
     "Whatever stops the block puts back weights, shapes, gates, hooks, moments, repairs, memory and agency."
