@@ -209,6 +209,11 @@ def _parts_of(x):
     if isinstance(x, nn.Module): return [*x.modules(), *x.parameters()]
     return [x] if hasattr(x, '__dict__') else []
 
+def _tensors_of(x):
+    "Tensors of an object, which it may write into."
+    if isinstance(x, nn.Module): return [*x.parameters(), *x.buffers()]
+    return [t for t in getattr(x, '__dict__', {}).values() if isinstance(t, Tensor)]
+
 def _snapshot_of(x):
     "What brings an object back."
     if isinstance(x, nn.Parameter): return _Parameter(x)
@@ -232,11 +237,10 @@ class Transaction:
         if optimizer is not None: self.others[id(optimizer)] = _Optimizer(optimizer)
 
     def hold(self, *objects):
-        "Remember other objects that the edit changes: a scheduler, a controller with its tensors."
+        "Remember other objects that the edit changes, with their tensors: a scheduler, a controller."
         for x in objects:
             for part in _parts_of(x): self.others.setdefault(id(part), _snapshot_of(part))
-            if isinstance(x, nn.Module):
-                for t in (*x.parameters(), *x.buffers()): self.will_write(t)
+            for t in _tensors_of(x): self.will_write(t)
 
     def will_write(self, t):
         "Remember what a tensor holds, before it is written in place."

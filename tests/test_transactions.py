@@ -144,6 +144,15 @@ def saved(name, path):
     return drawn(trained(name, path, {(1, 1): 0.}, agency=True))
 
 
+def saved_dicts(name, path):
+    "A model and, beside it, one file of another's state dicts."
+    there, scene = trained(name, path/'there', memory=False), trained(name, path, SHUT, memory=False)
+    torch.save(dict(model=there.model.state_dict(), optimizer=there.optimizer.state_dict()), path/'old.pth')
+    with torch.no_grad():
+        for p in scene.model.parameters(): p.mul_(1.1)
+    return scene
+
+
 def watched(name, path):
     scene = trained(name, path, SHUT, agency=True)
     scene.stats = measure(scene.model, CALIB, ('gradient', 'use'), progress=False)
@@ -164,11 +173,12 @@ class Script(Policy):
 
     def __init__(self):
         self.rules(ElasticBudget(.2))
-        self.seen = []
+        self.seen, self.count = [], torch.zeros(2)
 
     def decide(self, stats, plan, step):
         self.share(stats, step)
         self.seen.append(step)
+        self.count += 1
         keep = plan.keep.clone()
         for head, on in self.moves.get(step, {}).items(): keep[head] = on
         return HeadPlan(keep, plan.exists, plan.kv, plan.model_type)
@@ -285,6 +295,7 @@ EDITS = {
     'remove_skips': (skipping, lambda s: remove_skips(s.model)),
     'set_skip_gates': (skipping, lambda s: set_skip_gates(s.model, .25)),
     'load_checkpoint': (saved, lambda s: load_checkpoint(s.path/'checkpoint', s.model, s.optimizer)),
+    'load_checkpoint-pth': (saved_dicts, lambda s: load_checkpoint(s.path/'old.pth', s.model, s.optimizer)),
     'load_checkpoint-cycle': (continued, load_all),
     'restore': (saved, lambda s: restore(s.model, s.path/'checkpoint', s.optimizer)),
     'agency-attach': (free, lambda s: s.agency.attach(s.model)),
