@@ -84,6 +84,7 @@ class Agency:
         self.policy, self.log = policy, log
         self.config = AgencyConfig(**thresholds)
         self.events, self.step = [], 0
+        self.writes = 0                  # How often lines were appended to the file
         self.model = self.exists = None
         self.tables = {}                 # `[l, h]`, in the numbering of the model as built
 
@@ -186,6 +187,7 @@ def _record(self:Agency, events):
     "Append events to the file, then to the list."
     if self.log is not None and events:
         lines = [json.dumps(e, ensure_ascii=False) + '\n' for e in events]
+        self.writes += 1
         with open(self.log, 'ab+') as f:
             new_line = b'\n' if _torn(f) else b''
             f.write(new_line + ''.join(lines).encode())
@@ -207,17 +209,31 @@ def read_log(
     return events
 
 # %% ../nbs/05_agency.ipynb #c0053
+def _size(path):
+    "Bytes of a file; None if there is none."
+    return None if path is None or not Path(path).exists() else Path(path).stat().st_size
+
 @patch
 def snapshot(self:Agency):
     "What `rollback` needs. Tables are never written in place, so references are enough."
-    return dict(vars(self)), list(self.events)
+    return dict(vars(self)), list(self.events), _size(self.log)
 
 @patch
 def rollback(self:Agency, held):
-    "Go back to what `snapshot` saw; lines of a log file are kept."
-    fields, events = held
+    "Go back to what `snapshot` saw, in the log file too; violations stay."
+    fields, events, size = held
+    asked = [e for e in self.events[len(events):] if e['kind'] == 'violation']
+    has_written = self.writes != fields['writes']
     vars(self).update(fields)
     self.events[:] = events
+    if has_written: _cut(self.log, size)
+    self._record(asked)
+
+def _cut(path, size):
+    "Bring a file that grew back to its size; None: it wasn't there."
+    now = _size(path)
+    if size is None and now is not None: Path(path).unlink()
+    elif now is not None and now > size: os.truncate(path, size)
 
 # %% ../nbs/05_agency.ipynb #c0034
 def _usable(m):
@@ -242,12 +258,9 @@ def _commit(self:Agency, tables, events, step=None):
 @contextlib.contextmanager
 def _whole(agency):
     "A change of an agency and of its model, whole or not at all."
-    model, held = agency.model, agency.snapshot()
-    try:
-        with contextlib.nullcontext() if model is None else transaction(model): yield
-    except BaseException:
-        agency.rollback(held)
-        raise
+    with transaction(agency.model) as tx:
+        tx.hold(agency)
+        yield
 
 # %% ../nbs/05_agency.ipynb #c0036
 def _fresh(t, l, h):

@@ -17,7 +17,8 @@ from .gates import open_prob
 from .measure import HeadStats
 from .plan import HeadPlan
 from .policy import SHAPES, ElasticBudget, Policy, Schedule
-from .policy import check_fits, check_value, constant, cosine, cubic
+from .policy import all_or_nothing, check_fits, check_value
+from .policy import constant, cosine, cubic
 from .policy import rigl_decay, settle, table_of
 from .ann import FEATURES, LOGS, ANNController
 from .ann import Context, Contributions, features, heads_in, shift_to
@@ -99,6 +100,7 @@ def update(self:ThresholdController,
 
 # %% ../nbs/06_controller.ipynb #c0015
 @patch
+@all_or_nothing
 def decide(self:ThresholdController,
     stats:HeadStats, # In the numbering of the original model
     plan:HeadPlan, # In force
@@ -125,6 +127,7 @@ def state_dict(self:ThresholdController) -> dict:
     return d
 
 @patch
+@all_or_nothing
 def load_state_dict(self:ThresholdController, d):
     "What `state_dict` gave."
     self.logits = d['logits'].clone() if 'logits' in d else None

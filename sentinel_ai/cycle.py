@@ -7,6 +7,7 @@ __all__ = ['perplexity_of', 'HeadLR', 'Plasticity', 'AdaptiveCallback']
 
 # %% ../nbs/10b_cycle.ipynb #c0003
 import math, time, torch
+from contextlib import contextmanager
 from torch import nn
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +19,8 @@ from .pruning import close_heads
 from .repair import REPAIRS
 from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
-from .checkpoint import sync_optimizer, unwrapped
+from .checkpoint import schedulers_in, sync_optimizer, unwrapped
+from .state import transaction
 
 # %% ../nbs/10b_cycle.ipynb #c0007
 def perplexity_of(
@@ -270,6 +272,22 @@ def _check(self:Plasticity):
               f'a dict with any of {sorted(known)}')
     self._check_values()
 
+# %% ../nbs/10b_cycle.ipynb #366028cc
+@patch
+def _others(self:Plasticity):
+    "All that changes with the cycle, besides model and optimiser."
+    budget = getattr(self.controller, 'schedule', None)
+    known = [self, self.controller, budget, self.rates, self.agency, self.optimizer]
+    return [*known, *self.ramps, *schedulers_in(self.scheduler)]
+
+@patch
+@contextmanager
+def _whole(self:Plasticity, model, optimizer, scheduler=None):
+    "What the block changes happens whole or not at all."
+    with transaction(model, optimizer) as tx:
+        tx.hold(*self._others(), *schedulers_in(scheduler))
+        yield
+
 # %% ../nbs/10b_cycle.ipynb #c0052
 @patch
 def attach(self:Plasticity,
@@ -278,10 +296,19 @@ def attach(self:Plasticity,
     scheduler=None, # Of the learning rate: learns of groups that are added
 ):
     "Get to know the model, before its first step."
-    m = base_model(adapt(model))
+    m = base_model(model)
     opt = unwrapped(optimizer)
-    if m is self.model and opt is self.optimizer: return self
-    mode = m.sentinel.config.mode
+    is_known = m is self.model and opt is self.optimizer
+    if is_known: adapt(m)
+    else:
+        with self._whole(m, opt, scheduler): self._meet(m, opt, scheduler)
+    return self
+
+# %% ../nbs/10b_cycle.ipynb #9b793553
+@patch
+def _meet(self:Plasticity, m, opt, scheduler):
+    "Get to know another model or optimiser."
+    mode = adapt(m).sentinel.config.mode
     if mode != 'static': raise ValueError(
         f'gates of mode {mode!r} are being learned, '
         'so no controller can set them; '
@@ -295,7 +322,6 @@ def attach(self:Plasticity,
     if self.agency is not None: self._attach_agency(m)
     has_rates = self.head_lr is not None
     self.rates = HeadLR(opt, m, **self.head_lr) if has_rates else None
-    return self
 
 @patch
 def _attach_agency(self:Plasticity, m):
@@ -376,19 +402,25 @@ def _event(self:Plasticity, stats, asked, closed, opened):
 
 # %% ../nbs/10b_cycle.ipynb #c0071
 @patch
-def cycle(self:Plasticity, step:int) -> dict:
-    "Measure, decide, close, restore, cut out; returns the entry of the log."
-    start = time.perf_counter()
-    batches = self._calibration(step)
+def _decide(self:Plasticity, batches, step):
+    "What was measured, the plan that is asked for, heads to close and to open."
     m = self.model
-    opt = self.optimizer
     stats = self.look(batches)
     agency = m.sentinel.agency
     if agency is not None: agency.update(stats, step)
     plan = self.in_force()
     asked = self.controller.decide(stats, plan, step)
     asked.check(m.sentinel.built.heads)
-    closed, opened = self._moves(plan, asked)
+    return stats, asked, *self._moves(plan, asked)
+
+# %% ../nbs/10b_cycle.ipynb #a6031791
+@patch
+def _turn(self:Plasticity, batches, step):
+    "One cycle; the entry of the log."
+    start = time.perf_counter()
+    m = self.model
+    opt = self.optimizer
+    stats, asked, closed, opened = self._decide(batches, step)
     if closed: close_heads(m, closed, batches, stats,
                            optimizer=opt, step=step, **self.prune)
     if opened: self.bring_back(opened, batches, stats, step)
@@ -398,9 +430,17 @@ def cycle(self:Plasticity, step:int) -> dict:
     added = sync_optimizer(opt, m, self.scheduler)
     event = dict(step=step) | self._event(stats, asked, closed, opened)
     seconds = time.perf_counter() - start
-    event |= dict(compacted=compacted, added=added, seconds=seconds)
-    self.events.append(event)
-    return event
+    return event | dict(compacted=compacted, added=added, seconds=seconds)
+
+# %% ../nbs/10b_cycle.ipynb #ce06617c
+@patch
+def cycle(self:Plasticity, step:int) -> dict:
+    "Measure, decide, close, restore, cut out; returns the entry of the log."
+    batches = self._calibration(step)
+    with self._whole(self.model, self.optimizer):
+        event = self._turn(batches, step)
+        self.events.append(event)
+        return event
 
 # %% ../nbs/10b_cycle.ipynb #c0072
 @patch
@@ -411,10 +451,15 @@ def step(self:Plasticity,
     scheduler=None, # Of the learning rate
 ) -> dict|None: # What happened, at multiples of `every`
     "To be called after each optimiser step, before the next forward pass."
-    self.attach(model, optimizer, scheduler or self.scheduler)
-    self.ramps = [ramp for ramp in self.ramps if ramp.step()]
+    known = model, optimizer, scheduler or self.scheduler
     is_due = step and step % self.every == 0
-    return self.cycle(step) if is_due else None
+    if not is_due and not self.ramps:
+        self.attach(*known)
+        return None
+    with self._whole(model, unwrapped(optimizer), scheduler):
+        self.attach(*known)
+        self.ramps = [ramp for ramp in self.ramps if ramp.step()]
+        return self.cycle(step) if is_due else None
 
 # %% ../nbs/10b_cycle.ipynb #c0075
 @patch
@@ -452,6 +497,10 @@ def load_state_dict(self:Plasticity, d:dict):
     "Go on from there. `attach` comes first, with the model as it was then."
     if self.model is None: raise RuntimeError(
         'attach(model, optimizer) first, then load the state')
+    with self._whole(self.model, self.optimizer): self._load(d)
+
+@patch
+def _load(self:Plasticity, d):
     self.events = d['events']
     self.cycles = d['cycles']
     self.ramps = [Regrowth.load(self.model, ramp) for ramp in d['ramps']]

@@ -17,7 +17,7 @@ from .gates import open_prob
 from .io import staged, write_tensors, write_text
 from .measure import HeadStats
 from .plan import HeadPlan
-from .policy import check_fits
+from .policy import all_or_nothing, check_fits
 
 # %% ../nbs/05c_decide.ipynb #c0008
 @patch
@@ -61,6 +61,7 @@ def perturbed(self:ANNController, logits):
 # %% ../nbs/05c_decide.ipynb #c0015
 @patch
 @torch.no_grad()
+@all_or_nothing
 def decide(self:ANNController,
     stats:HeadStats, # In the numbering of the original model
     plan:HeadPlan, # In force
@@ -90,6 +91,7 @@ def _save_to_state_dict(self:ANNController, destination, prefix, keep_vars):
         destination[f'{prefix}budget.{name}'] = t
 
 @patch
+@all_or_nothing
 def _load_from_state_dict(self:ANNController, state_dict, prefix, *args):
     for name in MEMORY:
         there = state_dict.get(prefix + name)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'toy_stats', 'toy_plan', 'check_value', 'Schedule', 'cubic', 'cosine', 'constant', 'rigl_decay',
-           'ElasticBudget', 'settle', 'Policy', 'check_fits', 'table_of']
+           'ElasticBudget', 'settle', 'Policy', 'all_or_nothing', 'check_fits', 'table_of']
 
 # %% ../nbs/05a_policy.ipynb #c0003
-import math, torch
+import functools, math, torch
 from dataclasses import dataclass, replace
 from torch import Tensor
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .choose import Selection
 from .measure import HeadStats
 from .plan import HeadPlan, existing
+from .state import transaction
 
 # %% ../nbs/05a_policy.ipynb #c0008
 def toy_stats(
@@ -255,6 +256,18 @@ def settle(self:Policy, scores, plan, step, share) -> HeadPlan:
     swap = self.exchange(step) if callable(self.exchange) else self.exchange
     rules = self.min_heads, self.protect, self.hysteresis
     return settle(scores, plan, share, *rules, swap)
+
+# %% ../nbs/05a_policy.ipynb #0ccc871e
+def all_or_nothing(
+    method, # Of a `Policy`
+):
+    "Let a method change its controller and the schedule whole or not at all."
+    @functools.wraps(method)
+    def whole(self, *args, **kwargs):
+        with transaction() as tx:
+            tx.hold(self, self.schedule, self.exchange)
+            return method(self, *args, **kwargs)
+    return whole
 
 # %% ../nbs/05a_policy.ipynb #c0057
 def check_fits(

@@ -181,14 +181,16 @@ class _Parameter:
 
 # %% ../nbs/00c_state.ipynb #5b3fa5c7
 class _Optimizer:
-    "The groups of an optimiser and its state for each parameter."
+    "The groups of an optimiser, its state for each parameter, its hooks."
     def __init__(self, optimizer):
         self.optimizer = optimizer
+        self.attributes = _Attributes(optimizer)
         self.state = {p: dict(s) for p, s in optimizer.state.items()}
         self.groups = [(group, dict(group, params=list(group['params'])))
                        for group in optimizer.param_groups]
 
     def restore(self):
+        self.attributes.restore()
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
         for group, held in self.groups:
@@ -212,6 +214,11 @@ def _maps(state):
     return list(res.values())
 
 # %% ../nbs/00c_state.ipynb #03a0c3b5
+class _Observer:
+    "An object that takes its own snapshot."
+    def __init__(self, x): self.x, self.held = x, x.snapshot()
+    def restore(self): self.x.rollback(self.held)
+
 class _State:
     "The fields of a state and of what it refers to."
     def __init__(self, state):
@@ -222,12 +229,40 @@ class _State:
                            stash=_copied(state.stash),
                            grown=_copied(state.grown))
         self.maps = [(m, dict(vars(m))) for m in _maps(state)]
-        self.observers = [(x, x.snapshot()) for x in state.observers]
+        self.observers = [_Observer(x) for x in state.observers]
 
     def restore(self):
         vars(self.state).update(self.fields)
         for m, fields in self.maps: vars(m).update(fields)
-        for observer, held in self.observers: observer.rollback(held)
+        for x in self.observers: x.restore()
+
+# %% ../nbs/00c_state.ipynb #724a86f7
+def _snapshots_of(m):
+    "What brings a model back."
+    res = [_Attributes(x) for x in m.modules()]
+    res += [_Parameter(p) for p in m.parameters()]
+    config, state = getattr(m, 'config', None), state_of(m)
+    if hasattr(config, '__dict__'): res.append(_Attributes(config))
+    return res if state is None else [*res, _State(state)]
+
+def _snapshot_of(x):
+    "What brings an object back."
+    if isinstance(x, nn.Parameter): return _Parameter(x)
+    if isinstance(x, torch.optim.Optimizer): return _Optimizer(x)
+    has_snapshot = hasattr(x, 'snapshot') and hasattr(x, 'rollback')
+    return _Observer(x) if has_snapshot else _Attributes(x)
+
+# %% ../nbs/00c_state.ipynb #ecba3419
+def _parts_of(x):
+    "An object; of a module also what it consists of."
+    if isinstance(x, nn.Module): return [*x.modules(), *x.parameters()]
+    return [x] if hasattr(x, '__dict__') else []
+
+def _tensors_of(x):
+    "Tensors of an object, which it may write into."
+    if isinstance(x, nn.Module): return [*x.parameters(), *x.buffers()]
+    held = getattr(x, '__dict__', {}).values()
+    return [t for t in held if isinstance(t, Tensor)]
 
 # %% ../nbs/00c_state.ipynb #c0021
 _LOCAL = threading.local()   # the transaction in force, in each thread
@@ -236,19 +271,17 @@ def _current(): return getattr(_LOCAL, 'now', None)
 
 class Transaction:
     "What a model was before an edit."
-    def __init__(self, model, optimizer=None):
-        m = base_model(model)
-        self.outer, self.copies, self.files = _current(), {}, {}
-        self.held = [_Attributes(x) for x in m.modules()]
-        self.held += [_Parameter(p) for p in m.parameters()]
-        self.hold(getattr(m, 'config', None))
-        state = state_of(m)
-        if optimizer is not None: self.held.append(_Optimizer(optimizer))
-        if state is not None: self.held.append(_State(state))
+    def __init__(self, model=None, optimizer=None):
+        self.outer = _current()
+        self.held = [] if model is None else _snapshots_of(base_model(model))
+        self.others, self.copies, self.files = {}, {}, {}
+        if optimizer is not None: self.others[id(optimizer)] = _Optimizer(optimizer)
 
     def hold(self, *objects):
-        "Remember the attributes of other objects that the edit changes: a scheduler, a controller."
-        self.held += [_Attributes(x) for x in objects if hasattr(x, '__dict__')]
+        "Remember other objects that the edit changes, with their tensors: a scheduler, a controller."
+        for x in objects:
+            for part in _parts_of(x): self.others.setdefault(id(part), _snapshot_of(part))
+            for t in _tensors_of(x): self.will_write(t)
 
 # %% ../nbs/00c_state.ipynb #5eaf79d9
 @patch
@@ -272,6 +305,7 @@ def commit(self:Transaction):
     if self.outer is None: return
     for key, held in self.copies.items(): self.outer.copies.setdefault(key, held)
     for path, held in self.files.items(): self.outer.files.setdefault(path, held)
+    for key, held in self.others.items(): self.outer.others.setdefault(key, held)
 
 # %% ../nbs/00c_state.ipynb #65d47bf9
 def _put_back(path, held):
@@ -283,6 +317,7 @@ def _put_back(path, held):
 @torch.no_grad()
 def rollback(self:Transaction):
     "Bring everything back."
+    for x in reversed(self.others.values()): x.restore()   # the first snapshot counts
     for x in self.held: x.restore()
     for _, data, old in reversed(self.copies.values()): data.copy_(old)
     for path, held in self.files.items(): _put_back(path, held)
@@ -290,7 +325,7 @@ def rollback(self:Transaction):
 # %% ../nbs/00c_state.ipynb #c0022
 @contextlib.contextmanager
 def transaction(
-    model:nn.Module, # Any decoder, adapted or not
+    model:nn.Module|None=None, # Any decoder, adapted or not; None: only what `hold` is told
     optimizer:torch.optim.Optimizer|None=None, # Part of it, if one is given
 ):
     "Whatever stops the block puts back weights, shapes, gates, hooks, moments, repairs, memory and agency."

@@ -2,10 +2,12 @@
 import gc
 import itertools
 import linecache
+import random
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import sentinel_ai
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,7 +119,8 @@ def _of_optimizer(optimizer):
     if optimizer is None: return None
     state = {id(p): _value(s) for p, s in optimizer.state.items()}
     groups = [{k: [Same(p) for p in v] if k == 'params' else _value(v) for k, v in g.items()} for g in optimizer.param_groups]
-    return dict(state=state, groups=groups)
+    hooks = {name: list(x) for name, x in vars(optimizer).items() if name.endswith('hooks')}
+    return dict(state=state, groups=groups, hooks=hooks)
 
 
 def _of_memory(memory):
@@ -130,7 +133,20 @@ def _of_memory(memory):
 
 def _of_agency(agency):
     if agency is None: return None
-    return {k: Same(v) if isinstance(v, torch.nn.Module) else _value(v) for k, v in vars(agency).items()}
+    log = None if agency.log is None or not Path(agency.log).exists() else Path(agency.log).read_bytes()
+    return dict(lines=log) | {k: Same(v) if isinstance(v, torch.nn.Module) else _value(v) for k, v in vars(agency).items()}
+
+
+def _of_other(x):
+    fields = {k: _value(v) for k, v in vars(x).items() if k != 'model'}
+    return fields | _value(dict(x.state_dict())) if isinstance(x, torch.nn.Module) else fields
+
+
+def random_numbers():
+    "Where the random generators are."
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(python=str(random.getstate()), numpy=str([x if isinstance(x, (int, float, str)) else x.tolist() for x in np.random.get_state()]),
+                torch=torch.get_rng_state(), cuda=cuda)
 
 
 def _of_map(hm): return {k: [Same(s) for s in v] if k == 'sites' else _value(v) for k, v in vars(hm).items()}
@@ -165,7 +181,7 @@ def picture(model, optimizer=None, memory=None, agency=None, *others):
     buffers = {n: (b.dtype, b.clone()) for n, b in model.named_buffers()}
     return dict(cls=type(model), modules=modules, parameters=parameters, buffers=buffers, config=_value(model.config.to_dict()),
                 state=_of_state(vars(model).get('sentinel')), optimizer=_of_optimizer(optimizer), memory=_of_memory(memory),
-                agency=_of_agency(agency), others=[{k: _value(v) for k, v in vars(x).items() if k != 'model'} for x in others], logits=logits)
+                agency=_of_agency(agency), others=[_of_other(x) for x in others], logits=logits)
 
 
 def _same_tensor(a, b):

@@ -2,6 +2,7 @@
 
 `pytest tests/test_agency.py -k llama` runs one architecture.
 """
+import contextlib
 import copy
 import json
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import torch
 from sentinel_ai import GateConfig, HeadStats, adapt, gate_values, harden_gates, measure, merge_gates, set_gates, unadapt
 from sentinel_ai.agency import FACTORS, Agency, ConsentError, HeadState, read_log
+from sentinel_ai.state import transaction
 from sentinel_ai.surgery import compact, expand, reattach
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -225,6 +227,46 @@ def test_policies(policy, tmp_path):
     assert [e['kind'] for e in agency.events] == ['consent']*2 + ['violation']*3
     assert read_log(tmp_path/'log.jsonl') == agency.events
     assert agency.states[0, 1] == agency.states[1, 0] == HeadState.WITHDRAWN
+
+
+@pytest.mark.parametrize('inner', [False, True])
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_failed_edit_leaves_no_lines(exists, inner, tmp_path):
+    "Events of an edit that fails later are gone, in memory and in the file; who asked for a withdrawn head stays on record."
+    log = tmp_path/'log.jsonl'
+    model, agency = attached('llama', policy='record', log=log)
+    if exists: agency.withdraw((1, 1), 'test')
+    held, lines = list(agency.events), log.read_bytes() if exists else None
+    with pytest.raises(KeyboardInterrupt), transaction(model):
+        with transaction(model) if inner else contextlib.nullcontext():
+            agency.withdraw([(0, 1), (0, 2)], 'a change that never happened')
+        if not exists: raise KeyboardInterrupt
+        assert agency.allow((1, 1), 'regrow') == []
+        agency.set_state((0, 0), 'overloaded', 'nor did this one')
+        raise KeyboardInterrupt
+    assert agency.consent[0].all() and agency.states[0].tolist() == [0]*4 and gate_values(model, effective=True)[0].tolist() == [1.]*4
+    if not exists: assert agency.events == [] and not log.exists()
+    else:
+        assert agency.events[:-1] == held and agency.events[-1]['kind'] == 'violation'
+        assert log.read_bytes().startswith(lines) and read_log(log) == agency.events
+    agency.withdraw((0, 3), 'the log goes on')
+    assert read_log(log) == agency.events
+
+
+def test_a_log_that_nobody_wrote_to_is_not_cut(tmp_path):
+    "An edit that fails leaves lines that others have added, and a log that was moved away meanwhile."
+    log = tmp_path/'log.jsonl'
+    model, agency = attached('llama', log=log)
+    agency.withdraw((0, 1), 'test')
+    with pytest.raises(KeyboardInterrupt), transaction(model):
+        with open(log, 'a') as f: f.write('{"note": "by hand"}\n')
+        raise KeyboardInterrupt
+    assert read_log(log) == [*agency.events, dict(note='by hand')]
+    with pytest.raises(KeyboardInterrupt), transaction(model):
+        log.rename(tmp_path/'old.jsonl')
+        agency.withdraw((0, 2), 'test')
+        raise KeyboardInterrupt
+    assert len(agency.events) == 1 and len(read_log(tmp_path/'old.jsonl')) == 2
 
 
 def test_gates_taken_off():

@@ -496,7 +496,10 @@ def test_cycles_that_cannot_run(tmp_path):
 
     class None_: needs = ('gradient',); decide = lambda self, stats, plan, step: HeadPlan(plan.keep & False, plan.exists, plan.kv, plan.model_type)
     with pytest.raises(ValueError, match='leaves none'): Plasticity(None_(), IDS, every=1).step(m, opt, 1)
-    assert (gate_values(m) == 1).all()
+    assert not hasattr(m, 'sentinel') and not opt._optimizer_step_pre_hooks        # not even adapted
+    adapt(m)
+    with pytest.raises(ValueError, match='leaves none'): Plasticity(None_(), IDS, every=1).step(m, opt, 1)
+    assert (gate_values(m) == 1).all() and m.sentinel.memory is None
 
 
 def test_withdrawn_heads_stay_closed():
