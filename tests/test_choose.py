@@ -2,6 +2,7 @@
 
 `pytest tests/test_choose.py -k budget` runs what concerns budgets.
 """
+import importlib
 import math
 from dataclasses import replace
 
@@ -319,3 +320,18 @@ def test_channels_with_the_highest_wishes_are_restored(seed, multiple):
     for n in (0, 1, 5, 14, 30, 100):
         got = highest(wishes, closed, kept, n, multiple)
         assert set(pairs(got)) == naive_highest(table, closed, kept, n, multiple)
+
+
+HOMES = dict(
+    ranks='strongest rank_in_layer Selection blocks highest',
+    costs='unit_cost total_cost closing_saves saved_cost Units closed_cost units_of by_group',
+    choose_units='choose_units choose_units_evenly reachable_cost',
+    choose='lowest head_items choose choose_evenly')
+
+
+@pytest.mark.parametrize('home,name', [(home, name) for home, names in HOMES.items() for name in names.split()])
+def test_each_name_has_one_home_and_is_found_in_choose(home, name):
+    module, choose = (importlib.import_module(f'sentinel_ai.{m}') for m in (home, 'choose'))
+    assert name in choose.__all__ and name in module.__all__
+    assert getattr(choose, name) is getattr(module, name)
+    assert getattr(module, name).__module__ == f'sentinel_ai.{home}'
