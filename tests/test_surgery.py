@@ -358,11 +358,11 @@ def test_what_is_refused():
 
 def test_a_difference_is_noticed_and_undone(monkeypatch):
     "If a layer doesn't compute what it did, its rows stay; if that doesn't help either, all is as before."
-    from sentinel_ai import heads
+    from sentinel_ai import heads, resize
     model = masked('llama', 1)
     want, sd = logits(model), state(model)
-    rows = heads._kept_rows
-    monkeypatch.setattr(heads, '_kept_rows', lambda *a: rows(*a).flip(0))
+    rows = resize._kept_rows
+    monkeypatch.setattr(resize, '_kept_rows', lambda *a: rows(*a).flip(0))
     with pytest.warns(UserWarning, match='only columns'): plan = compact(model)
     close(logits(model), want)
     assert plan.columns
