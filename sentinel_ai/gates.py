@@ -398,6 +398,7 @@ def adapt(
     _check_kinds(found, config)
     if not is_old: _check_free(m, found)
     with transaction(m):
+        m.__dict__.pop('save_pretrained', None)      # `unadapt` may have put it there
         for site in found: _place(site, config)
         _place_budget(m, found, config)
         if state is None: start_state(m, config, found)
@@ -418,6 +419,18 @@ def is_merged(model:nn.Module) -> bool:
     now = need_adapted(model).sentinel.now
     return any(site.module.sentinel.folded is not None for site in now)
 
+# %% ../nbs/01_gates.ipynb #ae5c6204
+def _is_plain_checkpoint(m):
+    "Does a plain checkpoint say all about a model without gates?"
+    from sentinel_ai.saving import extra_biases
+    return not m.sentinel.compact and not extra_biases(m)
+
+def _refuse_saving(*args, **kwargs):
+    "`save_pretrained` of a model whose shape or biases its config doesn't tell."
+    raise RuntimeError(
+        "units of this model were cut out, or repair gave it biases: a plain checkpoint can't say "
+        'that. adapt(model) first and save it then, or write it with export_hf')
+
 # %% ../nbs/01_gates.ipynb #1e7787a9
 def unadapt(
     model:nn.Module, # An adapted model
@@ -436,6 +449,7 @@ def unadapt(
         m.__class__ = plain_class(m)
         state.config = state.memory = None
         if not state.altered: del m.sentinel
+        elif not _is_plain_checkpoint(m): m.save_pretrained = _refuse_saving
     return model
 
 # %% ../nbs/01_gates.ipynb #c0067

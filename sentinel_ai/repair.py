@@ -226,6 +226,10 @@ def undo_repair(
     m = base_model(model)
     check_edit(model, 'undo')
     state = m.sentinel
+    if state.repairs.lost: raise RuntimeError(
+        "this model was repaired, and what takes that back wasn't saved or read with it "
+        '(memory=False, or weights that are offloaded): go on from the model that was saved, '
+        'or keep the repair and open gates with set_gates')
     with transaction(m):
         for name, (old, new) in state.repairs.changed.items():
             _take_back(m, name, old, new)

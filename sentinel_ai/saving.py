@@ -45,6 +45,7 @@ class SentinelConfig(PreTrainedConfig):
         biases=(), # Projections that repair gave a bias
         skips=None, # Settings of skip pathways
         agency=None, # An `Agency` as a dict
+        repaired=False, # Did `prune` change weights that are kept?
         sentinel_format=FORMAT, # Of this config
         **kwargs, # For `PreTrainedConfig`
     ):
@@ -55,6 +56,7 @@ class SentinelConfig(PreTrainedConfig):
         self.biases = list(biases)
         self.skips = skips
         self.agency = agency
+        self.repaired = repaired
         self.sentinel_format = sentinel_format
         super().__init__(**kwargs)
 
@@ -196,6 +198,7 @@ class SentinelForCausalLM:
         _rewire(model)
         if config.agency is not None: Agency.from_dict(config.agency).attach(model)
         recall_removed(model, path, hub)
+        if config.repaired: model.sentinel.repairs.lost |= not model.sentinel.repairs.changed
         return (model, info) if output_loading_info else model
 
 # %% ../nbs/07a_saving.ipynb #c0017
@@ -254,6 +257,7 @@ def _plain(m):
     if m.sentinel.compact or hasattr(m, 'sentinel_skips'): return False
     if m.sentinel.agency is not None or extra_biases(m): return False
     if is_merged(m): return True
+    if m.sentinel.repairs or m.sentinel.memory is not None: return False
     return all(_is_open(site.module.sentinel) for site in m.sentinel.now)
 
 # %% ../nbs/07a_saving.ipynb #c0025
@@ -283,6 +287,7 @@ def sentinel_config(
         plan=state.plan.to_dict() if state.compact else None,
         gates=asdict(state.config),
         biases=extra_biases(m),
+        repaired=bool(state.repairs),
         skips=m.sentinel_skips.config() if hasattr(m, 'sentinel_skips') else None,
         agency=None if state.agency is None else state.agency.to_dict())
     for key in _TOP:

@@ -25,14 +25,15 @@ class RepairLog:
     predictors: dict = field(default_factory=dict) # By (layer, head)
     channels: dict = field(default_factory=dict)   # By layer
     bridges: dict = field(default_factory=dict)    # By (kind, layer)
+    lost: bool = False        # Was some of it not saved with the model?
 
     def __bool__(self):
         "Was anything repaired?"
-        return bool(self.changed)
+        return bool(self.changed) or self.lost
 
     def clear(self):
         "Forget everything."
-        for log in vars(self).values(): log.clear()
+        vars(self).update(vars(RepairLog()))
 
 # %% ../nbs/00c_state.ipynb #c0008
 @dataclass

@@ -402,7 +402,7 @@ def compact(
         changed = changed_layers(before, plan)
         bad = differing_layers(m, seen, changed) if check else {}
         if bad: _columns_only(m, bad, seen, optimizer)
-    return state.plan
+    return copy.deepcopy(state.plan)
 
 # %% ../nbs/03_surgery.ipynb #c0065
 def _is_complete(records):
