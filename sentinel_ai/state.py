@@ -39,14 +39,14 @@ class State:
     plan: HeadPlan                # Which units are there now, in the numbering of `built`
     stash: dict = field(default_factory=dict)  # Parameter name to what was cut out of it: `dim`, `size`, `held`, `parts`, `state`
     repairs: RepairLog = field(default_factory=RepairLog) # What repair changed
-    grown: list = field(default_factory=list)  # Notes on heads that grew, oldest first: what their donors gave them
+    grown: list = field(default_factory=list)  # Notes on units that grew, oldest first: what their donors gave them
     memory: object = None         # An attached `HeadMemory`
     agency: object = None         # An attached `Agency`
 
     @property
     def compact(self) -> bool:
-        "Has the model another shape than its config builds: units removed for real, or heads that grew?"
-        return not self.plan.whole or bool(self.plan.grown)
+        "Has the model another shape than its config builds: units removed for real, or some that grew?"
+        return not self.plan.whole or self.plan.has_grown
     @property
     def altered(self) -> bool: "Is it compact or repaired, so that the state is still needed without gates?"; return self.compact or bool(self.repairs)
     @property
