@@ -282,6 +282,7 @@ def _fit_batch(record, n):
     rest = {key: record[key][at] for key in ('units', 't0', 'W')}
     return dict(T=T, **rest)
 
+# %% ../nbs/04c_growth.ipynb #bdd01c5e
 def _move_repairs(m, was):
     "Give what repair remembers the present shapes; `was`: parameters before."
     repairs, built = m.sentinel.repairs, m.sentinel.built

@@ -645,6 +645,7 @@ def _with_room(plan, kind, whole):
     return replace(whole, keep=keep, columns=plan.columns,
                    info=plan.info, channels=plan.channels)
 
+# %% ../nbs/03_surgery.ipynb #6aa9da42
 def widen_map(
     m:nn.Module, # An adapted model
     wide, # A `HeadMap` or `ChannelMap` of it with further units

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentinel_ai import Agency, UnsupportedArchitecture, adapt, export_hf, gate_values, measure, prune, set_gates, unadapt, unprune
+from sentinel_ai import Agency, UnsupportedArchitecture, adapt, export_hf, gate_values, measure, prune, random_model, regrow, set_gates, unadapt, unprune
 from sentinel_ai.checkpoint import restore, save_checkpoint
 from sentinel_ai.growth import grow, ungrow
 from sentinel_ai.growth_channels import channel_strength
@@ -20,7 +20,9 @@ from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach,
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
+from test_channels import ZAMBA, ZAMBA2  # noqa: E402
 from test_matrix import ALL, IDS, build, greedy, logits  # noqa: E402
+from test_regrow import emptied  # noqa: E402
 
 torch.set_num_threads(1)
 # A norm over all channels in front of the down projection
@@ -243,6 +245,22 @@ def test_repair_is_taken_back_through_growth(name):
     close(logits(unprune(model)), want)
 
 
+@pytest.mark.parametrize('kind,grows', [('heads', 'channels'), ('channels', 'heads')])
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+def test_a_bridge_is_taken_off_of_a_wider_projection(name, kind, grows, monkeypatch):
+    "What stands in for a sublayer lies in the projection before it, which is wider now."
+    model, site, plain = emptied(name, kind, monkeypatch)
+    want, first = logits(model), 1 if kind == 'channels' else 0
+    compact(model)
+    grow(model, **{grows: {first: 2}})
+    close(logits(model), want)
+    twin = ungrow(copy.deepcopy(model))
+    for m in (model, twin):
+        regrow(m, [(site.layer, u) for u in range(site.n)], kind=kind)
+        assert not m.sentinel.repairs.bridges
+        close(logits(m), plain, 1e-4)
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3'])
 def test_measure_prune_and_ungrow(name):
     "New channels are measured and pruned as others are, and the log of repairs forgets those that are dropped."
@@ -384,6 +402,14 @@ def test_refusals_change_nothing():
 def test_shared_modules_are_refused():
     model = build('llama')
     model.model.layers[1].mlp = model.model.layers[0].mlp
+    want = logits(model)
+    with pytest.raises(UnsupportedArchitecture, match='other layers share its weights'): grow(model, channels=1)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize('name,more', [('zamba', {}), ('zamba2', ZAMBA2)])
+def test_twins_are_refused(name, more):
+    model = random_model(name, **ZAMBA, **more).to(IDS.device)
     want = logits(model)
     with pytest.raises(UnsupportedArchitecture, match='other layers share its weights'): grow(model, channels=1)
     assert torch.equal(logits(model), want)
