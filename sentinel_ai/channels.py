@@ -37,6 +37,8 @@ class MlpSite:
     shared_by: tuple = ()     # Other layers' paths of this module
     bypass: bool = False      # Can't it run without channels?
     twins: tuple = ()         # Modules with these very parameters
+    native: 'MlpSite|None' = None # If widened: as built
+    donors: tuple = ()        # Of each new channel: that it was split from, or -1
 
 # %% ../nbs/00a_channels.ipynb #c0015
 @patch(as_prop=True)
@@ -259,12 +261,14 @@ def put_width(self:ChannelWiring,
 def put_sizes(self:ChannelWiring):
     "Sizes that modules keep as attributes."
     site = self.built
+    n_told = (site.native or site).n          # what the module believes
     for name, (dim, size, idx) in site.places(self.keep).items():
         path, _, leaf = name.rpartition('.')
-        if leaf == 'weight' and len(idx) < size: self.put_width(path, dim, size, len(idx))
+        told = size*n_told // site.n
+        if leaf == 'weight' and len(idx) != told: self.put_width(path, dim, told, len(idx))
     if not self.now.proj: return
     for attr, value in list(vars(self.module).items()):
-        if attr in CHANNEL_COUNTS and value == site.n: self.put('', attr, self.now.n)
+        if attr in CHANNEL_COUNTS and value == n_told: self.put('', attr, self.now.n)
 
 # %% ../nbs/00a_channels.ipynb #c0042
 @patch
@@ -310,9 +314,37 @@ def rewire(self:MlpSite,
         f'layer {self.layer}: channels are numbered as the module was built, '
         f'with {n_built}; this site has {self.n}; call unwire first')
     self.unwire()
-    if len(keep) == self.n: return
+    if len(keep) == self.n and self.native is None: return
     for module in (self.mlp, *self.twins):
         ChannelWiring(self, module, keep).apply()
+
+# %% ../nbs/00a_channels.ipynb #f96584b9
+def _check_widen(site):
+    "Raise `UnsupportedArchitecture` where a further channel would reach others."
+    why = ''
+    if site.stay: why = ('a norm or a threshold is made of all channels, '
+                         'so a further one would change the others')
+    if site.shared_by or site.twins: why = ('other layers share its weights, '
+                                            'so it would grow in all of them')
+    if why: raise UnsupportedArchitecture(
+        f'layer {site.layer} ({type(site.mlp).__name__}) '
+        f'cannot get further channels: {why}')
+
+@patch
+def widen(self:MlpSite,
+    donors, # For each new channel: that it is split from, or -1
+) -> 'MlpSite':
+    "The site with further channels."
+    _check_widen(self)
+    donors = tuple(donors)
+    for n, donor in enumerate(donors, self.n):
+        if not -1 <= donor < n: raise ValueError(
+            f'layer {self.layer}: a channel split from channel {donor}; '
+            f'channels are 0 to {n-1}, or -1 for one that is not split')
+    n = self.n + len(donors)
+    sizes = {name: rows//self.n*n for name, rows in self.sizes.items()}
+    return replace(self, n=n, sizes=sizes, native=self.native or self,
+                   donors=self.donors + donors)
 
 # %% ../nbs/00a_channels.ipynb #c0049
 def _shares(site):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from .heads import (UnsupportedArchitecture, core_linear, in_dim,
                                in_features, layer_stacks, out_features)
-from .plan import grown_heads
+from .plan import grown_channels, grown_heads
 from .state import built_heads, is_compact, transaction
 from .gates import adapt, is_adaptive, plain_class
 from .surgery import heads_by_layer, model_size
@@ -242,8 +242,8 @@ def _moved_site(m, site, key, i, l):
     rest = site.path[len(f'{key}.{l}'):]
     path = f'{key}.{i}{rest}'
     module = m.get_submodule(path)
-    if site.kind == 'channels': return replace(site, layer=i, path=path, mlp=module)
-    at = dict(layer=i, path=path, attn=module)
+    owner = 'mlp' if site.kind == 'channels' else 'attn'
+    at = dict(layer=i, path=path) | {owner: module}
     native = site.native and replace(site.native, **at)
     return replace(site, **at, native=native)
 
@@ -272,7 +272,8 @@ def _renumber_plan(m, order):
     columns = [i for i, l in enumerate(order) if l in plan.columns]
     channels = plan.channels
     if channels is not None:
-        channels = replace(channels, keep=channels.keep[order], exists=channels.exists[order])
+        channels = replace(channels, keep=channels.keep[order], exists=channels.exists[order],
+                           grown=grown_channels(state.built.channels))
     state.plan = replace(plan, channels=channels, keep=plan.keep[order], exists=plan.exists[order],
                          kv=[plan.kv[l] for l in order], columns=columns,
                          grown=grown_heads(state.built.heads))

@@ -73,7 +73,7 @@ def start_state(
 @patch(as_prop=True)
 def compact(self:State) -> bool:
     "Has the model another shape than its config builds: units removed for real, or heads that grew?"
-    return not self.plan.whole or bool(self.plan.grown)
+    return not self.plan.whole or self.plan.has_grown
 
 def is_compact(
     model:nn.Module, # Any model, in any wrapper

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kinds_of', 'shape_layer', 'shape_mlp', 'model_size', 'heads_by_layer', 'all_back', 'apply_plan', 'check_ready',
            'changed_layers', 'compact', 'expand', 'reattach', 'head_slices', 'local_head', 'original_heads',
-           'full_param', 'put_full', 'widen_map', 'replay']
+           'full_param', 'put_full', 'renumber_back', 'widen_map', 'replay']
 
 # %% ../nbs/03_surgery.ipynb #c0003
 import copy, torch, warnings
@@ -230,7 +230,7 @@ def all_back(
     "Forget the records of what was pruned."
     state = m.sentinel
     state.now = state.built
-    if not state.plan.grown: state.stash.clear()
+    if not state.plan.has_grown: state.stash.clear()
 
 def _only_columns(m, sites):
     "Layers of which only columns were pruned."
@@ -564,7 +564,7 @@ def put_full(
                        for idx, part in record['parts']]
 
 # %% ../nbs/03_surgery.ipynb #c0088
-def _widened(hm, grown):
+def _more_heads(hm, grown):
     "A head map with the heads that grew, as `HeadPlan.grown` says."
     sites = list(hm.sites)
     for l, n, n_kv, new in grown:
@@ -576,6 +576,26 @@ def _widened(hm, grown):
         sites[l] = site.widen(new)
     return replace(hm, sites=sites)
 
+def _more_channels(cm, grown):
+    "The same for channels; without `grown`, the very map."
+    if not grown: return cm
+    sites = [] if cm is None else list(cm.sites)
+    for l, n, donors in grown:
+        site = sites[l] if l < len(sites) else None
+        have = site and site.n
+        if have != n: raise ValueError(
+            f'the plan is about a model whose layer {l} was built '
+            f'with {n} channels; this one has {have}')
+        sites[l] = site.widen(donors)
+    return replace(cm, sites=sites)
+
+def _widened(found, plan):
+    "Both maps with what grew, as a plan says."
+    channels = plan.channels.grown if plan.channels else []
+    return replace(found, heads=_more_heads(found.heads, plan.grown),
+                   channels=_more_channels(found.channels, channels))
+
+# %% ../nbs/03_surgery.ipynb #45edcc11
 def _renumber(record, dim, size, idx):
     "Renumber the record of a parameter: `idx[i]` for `i`."
     move = lambda parts: [(idx[i], part) for i, part in parts]
@@ -584,34 +604,63 @@ def _renumber(record, dim, size, idx):
     if 'state' in record:
         record['state'] = {key: move(parts) for key, parts in record['state'].items()}
 
+def renumber_back(
+    record:dict, # Of a parameter, as in `State.stash`
+    dim:int, # Its dimension that holds units
+    idx:Tensor, # The present index of each old place
+):
+    "Number a parameter's places as before it grew; the others are forgotten."
+    at = torch.full((record['size'],), -1, device='cpu')
+    at[idx] = torch.arange(len(idx), device='cpu')
+    def move(parts):
+        res = []
+        for i, t in parts:
+            known = (at[i] >= 0).nonzero().flatten()
+            if len(known):
+                res.append((at[i][known], t.index_select(dim, known)))
+        return res
+    record.update(size=len(idx), held=at[record['held']],
+                  parts=move(record.get('parts', [])))
+    if 'state' in record:
+        record['state'] = {k: move(v) for k, v in record['state'].items()}
+
 # %% ../nbs/03_surgery.ipynb #c0090
 def _renumber_site(m, old, wide, names):
     "Renumber the records of a layer. Returns the parameters that it will get."
     more = 0
-    for name, (dim, size, idx) in wide.places(range(old.n_heads)).items():
-        p = param_at(old.attn, name)
+    for name, (dim, size, idx) in wide.places(range(old.n)).items():
+        p = param_at(old.module, name)
         entry = p.numel() // max(1, p.shape[dim])
         more += (size - len(idx))*entry
         _renumber(m.sentinel.stashed(names[id(p)]), dim, size, idx)
     return more
 
+def _with_room(plan, kind, whole):
+    "A plan with the tables of the wider `whole`; none of what is new is kept."
+    table = plan.of_kind(kind)
+    keep = torch.zeros_like(whole.of_kind(kind).exists)
+    keep[:, :table.keep.shape[1]] = table.keep
+    if kind == 'channels':
+        return replace(plan, channels=replace(whole.channels, keep=keep))
+    return replace(whole, keep=keep, columns=plan.columns,
+                   info=plan.info, channels=plan.channels)
+
+# %% ../nbs/03_surgery.ipynb #6aa9da42
 def widen_map(
     m:nn.Module, # An adapted model
-    hm, # A `HeadMap` of it with further heads
+    wide, # A `HeadMap` or `ChannelMap` of it with further units
 ):
-    "Let a wider head map be the original, of which the model is a compact version."
-    state = m.sentinel
-    old, now = state.built, state.plan
+    "Let a wider map be the original, of which the model is a compact version."
+    state, kind = m.sentinel, next(iter(wide)).kind
+    old = state.built
+    before = getattr(old, kind)
     names = {id(p): name for name, p in m.named_parameters()}
-    pairs = [(a, b) for a, b in zip(old.heads.sites, hm.sites) if a is not b]
+    pairs = [(a, b) for a, b in zip(before.sites, wide.sites) if a is not b]
     more = sum(_renumber_site(m, a, b, names) for a, b in pairs)
-    plan = HeadPlan.of(hm)
-    keep = torch.zeros_like(plan.exists)
-    keep[:, :now.keep.shape[1]] = now.keep
-    heads = replace(hm, n_params=old.heads.n_params + more)
-    state.built = replace(old, heads=heads)
-    state.plan = replace(plan, keep=keep, columns=now.columns,
-                         info=now.info, channels=now.channels)
+    maps = dict(heads=old.heads, channels=old.channels) | {kind: wide}
+    size = before.n_params + more
+    state.built = replace(old, **{k: x and replace(x, n_params=size) for k, x in maps.items()})
+    state.plan = _with_room(state.plan, kind, HeadPlan.of(state.built))
 
 # %% ../nbs/03_surgery.ipynb #c0094
 def _replay(m, plan):
@@ -619,11 +668,12 @@ def _replay(m, plan):
     state = m.sentinel
     if state.compact: raise RuntimeError(
         'this model is compact already; replay needs one of the original size')
-    built = replace(state.built, heads=_widened(state.built.heads, plan.grown))
+    built = _widened(state.built, plan)
     plan.check(built)
     check_ready(m, None)
     _check_shared(built, plan)
     if plan.grown: widen_map(m, built.heads)
+    if plan.channels and plan.channels.grown: widen_map(m, built.channels)
     apply_plan(m, plan)
     for record in state.stash.values(): record['parts'] = []
 

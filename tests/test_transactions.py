@@ -111,6 +111,12 @@ def growing(name, path, layers=None, **kw):
     return scene
 
 
+def wider(name, path):
+    scene = both(name, path)
+    grow(scene.model, channels=3, optimizer=scene.optimizer)
+    return scene
+
+
 def returning(name, path):
     scene = compacted(name, path)
     scene.others = [regrow(scene.model, removed(scene), warmup=3, optimizer=scene.optimizer)]
@@ -281,8 +287,12 @@ EDITS = {
     'regrow-channels-step': (opening, lambda s: s.others[0].step()),
     'grow-heads': (growing, lambda s: grow(s.model, heads=1, optimizer=s.optimizer)),
     'grow-plain': (free, lambda s: grow(s.model, heads=1)),
+    'grow-channels': (both, lambda s: grow(s.model, channels=2, optimizer=s.optimizer)),
+    'grow-channels-plain': (free, lambda s: grow(s.model, channels=2, init='zero')),
+    'grow-channels-again': (wider, lambda s: grow(s.model, channels={1: 50}, optimizer=s.optimizer)),
     'grow-layers': (growing, lambda s: grow(s.model, layers=[0], optimizer=s.optimizer)),
     'ungrow': (lambda n, p: growing(n, p, heads=1), lambda s: ungrow(s.model, s.optimizer)),
+    'ungrow-channels': (wider, lambda s: ungrow(s.model, s.optimizer)),
     'merge_gates': (lambda n, p: trained(n, p, {k: .5 for k in SHUT} | {(0, 2): 0.}), lambda s: merge_gates(s.model)),
     'unmerge_gates': (merged, lambda s: unmerge_gates(s.model)),
     'harden_gates': (learned, lambda s: harden_gates(s.model)),
