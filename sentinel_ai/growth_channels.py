@@ -15,6 +15,7 @@ from .heads import UnsupportedArchitecture, core_linear, param_at
 from .plan import HeadPlan, grown_channels
 from .state import transaction, will_write
 from .gates import gate_values, need_adapted
+from .choose import strongest
 from .surgery import all_back, apply_plan, full_param, model_size
 from .surgery import put_full, renumber_back, shape_mlp, widen_map
 from .verify import differing_layers, look_before
@@ -50,8 +51,7 @@ def channel_strength(
 # %% ../nbs/04e_channels_growth.ipynb #6c4a5413
 def _donors(layer, scores, n):
     "The channels after which `n` new ones are made, strongest first."
-    ranked = scores.argsort(descending=True, stable=True).tolist()
-    best = [c for c in ranked if not scores[c].isnan()]
+    best = strongest(scores, allowed=~scores.isnan()).tolist()
     if not best: raise ValueError(
         f'layer {layer} has no open channel to take after; '
         'reattach or open one of its channels first')
