@@ -18,8 +18,9 @@ from .channels import channel_map
 from .choose import (
     choose, choose_evenly, choose_units, closed_cost, head_items,
     reachable_cost, strongest, total_cost, units_of)
-from .gates import (
-    adapt, check_edit, gate_values, is_adaptive, is_merged, set_gates)
+from sentinel_ai.gates import (
+    adapt, check_edit, gate_values, is_adaptive, is_merged, need_adapted,
+    set_gates)
 from .measure import (
     CRITERIA, NEEDS, check_loss, forward_args, measure, measuring,
     score, summed_loss, token_batches)
@@ -462,8 +463,9 @@ def _tell_memory(m, new, stats, optimizer, step=None):
     memory.remember(m, [tuple(x) for x in heads], stats, optimizer, step)
 
 @patch
-def repair_sites(self:PruneRequest, m, stats, new, skip):
-    "Repair each layer of which units are pruned now."
+def repair_sites(self:PruneRequest, m, stats, new, skip) -> dict:
+    "Repair each layer of which units are pruned now. Returns raised ridges by layer."
+    raised = {}
     for site in m.sentinel.now:
         if site.kind not in new or any(site is s for s in skip): continue
         units = new[site.kind][site.layer, :site.n]
@@ -474,11 +476,12 @@ def repair_sites(self:PruneRequest, m, stats, new, skip):
         if used <= ridge: continue
         name = str(site.layer)
         if self.is_joint: name = f'{site.kind} {name}'
-        self.info.setdefault('ridge_raised', {})[name] = used
+        raised[name] = used
+    return raised
 
 # %% ../nbs/03b_pruning.ipynb #c0060
 @patch
-def apply(self:PruneRequest, m, stats, close):
+def apply(self:PruneRequest, m, stats, close) -> dict: # Raised ridges by layer
     "Repair and close; `close` has for each kind all that is closed then."
     new = {k: table & ~shut_units(m, k) for k, table in close.items()}
     _tell_memory(m, new['heads'], stats, self.optimizer)
@@ -486,7 +489,7 @@ def apply(self:PruneRequest, m, stats, close):
         measured = stats.of_kind('channels')
         m.sentinel.memory.remember(m, new['channels'], measured, self.optimizer, kind='channels')
     emptied = _emptied(m, close, new) if self.is_joint else []
-    self.repair_sites(m, stats, new, emptied)
+    raised = self.repair_sites(m, stats, new, emptied)
     bridges = []
     if emptied and self.repair != 'none':
         bridges = measure_bridges(m, emptied, close, self.batches)
@@ -495,6 +498,7 @@ def apply(self:PruneRequest, m, stats, close):
     for bridge in bridges:
         how = self.how[bridge.prev.kind]
         put_bridge(m, bridge, *how, self.batches[:2])
+    return raised
 
 def _emptied(m, close, new):
     "The sites that lose their last unit now."
@@ -577,7 +581,8 @@ def one_round(self:PruneRequest, m, goal):
         self.criterion = self.pick(m, stats, self.to_save)
     if self.is_joint: close = self.choose_both(m, stats, goal)
     else: close = self.choose_heads(m, stats, goal, self.criterion)
-    self.apply(m, stats, close)
+    raised = self.apply(m, stats, close)
+    if raised: self.info.setdefault('ridge_raised', {}).update(raised)
 
 # %% ../nbs/03b_pruning.ipynb #c0072
 @patch
@@ -646,7 +651,7 @@ def unprune(
     optimizer=None, # Its optimiser, whose state is restored too
 ) -> nn.Module: # The same model, all units open
     "All units restored, repair taken off, gates at 1."
-    m = base_model(model)
+    m = need_adapted(model)
     is_repaired = bool(m.sentinel.repairs)      # else only gates change
     check_edit(model, 'unprune' if is_repaired else 'set')
     with transaction(m, optimizer):
