@@ -205,7 +205,7 @@ def grown_heads(
 def grown_channels(
     cm:ChannelMap, # A model's channels
 ) -> list: # [layer, channels, [donor or -1, ...]] of each
-    "Which MLPs have more channels than they were built with, and which channels the new ones were split from."
+    "Which MLPs have more channels than built, and which channels the new ones were split from."
     grown = [site for site in cm if site.native is not None]
     return [[s.layer, s.native.n, list(s.donors)] for s in grown]
 
