@@ -18,7 +18,7 @@ from .channels import channel_map
 from .gates import check_edit, plain_class
 from .measure import enough_ridge, forward_args, measuring, out_columns, summed_loss
 from .surgery import full_param, original_heads, put_full
-from .state import RepairLog, need_state, transaction, will_write
+from .state import RepairLog, need_state, state_of, transaction, will_write
 
 # %% ../nbs/03a_repair.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')
@@ -223,7 +223,8 @@ def undo_repair(
     model:nn.Module, # A model that was repaired
 ) -> nn.Module: # The same model
     "Take back what repairs changed; what was trained since is kept."
-    m, state = base_model(model), need_state(model)
+    m, state = base_model(model), state_of(model)
+    if state is None: need_state(model)              # raises; after `unadapt` a state remains
     check_edit(model, 'undo')
     if state.repairs.lost: raise RuntimeError(
         "this model was repaired, and what takes that back wasn't saved or read with it "
