@@ -178,8 +178,8 @@ def load_adaptive_model(
     config:GateConfig|None=None, # How gates behave; default as saved, else static at 1
     share:bool=False, # With `baseline_model`: adapt it in place, without a copy
     **kwargs, # For `from_pretrained`
-) -> nn.Module: # In eval mode
-    "A decoder with a gate on every head. Gates saved with the model are restored."
+) -> nn.Module: # In eval mode, or in that of `baseline_model`
+    "A decoder with a gate on every unit. Gates saved with the model are restored."
     if share and baseline_model is None: raise ValueError(
         'share=True needs a baseline_model to adapt in place')
     if baseline_model is None:

@@ -46,7 +46,7 @@ class State:
     stash: dict = field(default_factory=dict)  # By name: what was cut out
     repairs: RepairLog = field(default_factory=RepairLog) # What repair changed
     grown: list = field(default_factory=list)  # Notes on new heads, oldest first
-    memory: object = None         # An attached `HeadMemory`
+    memory: object = None         # An attached `UnitMemory`
     agency: object = None         # An attached `Agency`
 
     def stashed(self, name:str) -> dict:
