@@ -436,7 +436,7 @@ def unadapt(
     model:nn.Module, # An adapted model
     bake:bool=False, # Fold the gates into the weights first
 ) -> nn.Module: # The same object, of its own class again
-    "Take all gates off; without `bake` the weights are as before, to the bit. A compact model is still compact."
+    "Take all gates off; without `bake` weights are as before, to the bit. A compact model is still compact."
     m = need_adapted(model)
     state = m.sentinel
     with transaction(m):
