@@ -7,7 +7,7 @@ __all__ = ['INITS', 'ungrow', 'grow', 'init_small', 'flops_per_token']
 
 # %% ../nbs/04c_growth.ipynb #c0003
 import copy, itertools, torch
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
@@ -24,9 +24,9 @@ from .surgery import head_slices, model_size, renumber_back, replay
 from .surgery import shape_layer, widen_map
 from .verify import differing_layers, look_before
 from .wiring import unwire_attention, wire_attention
-from .regrow import drawn, strength
+from .regrow import strength
 from .layers import grow_layers
-from .growth_channels import drop_channels, grow_channels
+from .growth_channels import Filler, drop_channels, grow_channels
 
 # %% ../nbs/04c_growth.ipynb #c0011
 def _new_groups(
@@ -90,17 +90,9 @@ def _wanted(found, amount):
 # %% ../nbs/04c_growth.ipynb #c0020
 INITS = ('split', 'zero')
 
-@dataclass
-class _Filler:
+class _Filler(Filler):
     "Makes the values of new heads."
-    model: nn.Module
-    init: str
-    gen: torch.Generator
-    def __post_init__(self):
-        params = self.model.named_parameters()
-        self.names = {id(p): n for n, p in params}
-
-    def halves(self, old, dim):
+    def shares(self, old, dim):
         "A donor's output columns in two parts: what it keeps, and the rest."
         width = old.shape[dim]
         r = torch.rand(width, generator=self.gen)*.4 + .3
@@ -108,19 +100,7 @@ class _Filler:
         kept = old*(r if dim == old.ndim-1 else r[:, None])
         return kept, old - kept
 
-# %% ../nbs/04c_growth.ipynb #c0024
-@patch
-def value(self:_Filler, name, part, old, extras):
-    "A new head's part of a parameter that its donor doesn't give away."
-    if part == 'o': return torch.zeros_like(old)
-    if self.init == 'split' or name in extras: return old
-    if name.endswith('bias'): return torch.zeros_like(old)
-    return drawn(self.model, old, self.gen)
-
 # %% ../nbs/04c_growth.ipynb #c0027
-def _share(p, dim, idx):
-    return p.detach().index_select(dim, idx.to(p.device))
-
 def _is_there(record, idx):
     "Does a parameter hold these places, or its record remember them?"
     places = (record['held'], *(i for i, _ in record['parts']))
@@ -128,23 +108,16 @@ def _is_there(record, idx):
 
 # %% ../nbs/04c_growth.ipynb #c0029
 @patch
-@torch.no_grad()
 def fill(self:_Filler, now, big, local, new):
     "Make head `new` after `local`; returns what its donor was, if it changes."
     note, extras = None, {f for f, _, _ in now.extras}
     slices = zip(head_slices(now, local), head_slices(big, new))
     for (name, dim, src, part), (_, _, idx, _) in slices:
         p = param_at(now.attn, name)
-        full_name = self.names[id(p)]
-        record, old = self.model.sentinel.stash[full_name], _share(p, dim, src)
+        record = self.model.sentinel.stash[self.names[id(p)]]
         if _is_there(record, idx): continue     # the KV head of an earlier one
-        if part == 'o' and self.init == 'split':
-            mine, value = self.halves(old, dim)
-            will_write(p)
-            p.index_copy_(dim, src.to(p.device), mine)
-            note = dict(name=full_name, before=old.cpu(),
-                        after=mine.cpu(), new=value.cpu())
-        else: value = self.value(name, part, old, extras)
+        value, given = self.made(p, dim, src, name, part, extras)
+        note = given or note
         record['parts'].append((idx, value.cpu()))
     return note
 
