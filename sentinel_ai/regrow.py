@@ -23,7 +23,7 @@ from .surgery import (HeadPlan, check_ready, full_param, head_slices, local_head
 from .state import transaction, will_write
 from .repair import lower_bridges, take_bridges
 from .pruning import check_free, repair_share, shift_repair
-from .memory import read_head, sole, write_head
+from .slices import read_head, sole, write_head
 from .unet import mirror
 
 # %% ../nbs/04b_regrow.ipynb #c0010

@@ -18,7 +18,7 @@ from .measure import HeadStats
 from .surgery import HeadPlan, apply_plan, check_ready
 from .state import transaction
 from .pruning import check_free
-from .memory import local_channels, read_channels, write_channels
+from .slices import local_channels, read_channels, write_channels
 from .repair import move_param, take_bridges
 from .regrow import Regrowth, as_repaired, drawn, number_of
 from .regrow import observe, out_names, restored_shares, saved_bridges, wish
