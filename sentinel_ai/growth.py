@@ -24,7 +24,7 @@ from .surgery import head_slices, model_size, renumber_back, replay
 from .surgery import shape_layer, widen_map
 from .verify import differing_layers, look_before
 from .wiring import unwire_attention, wire_attention
-from .regrow import strength
+from .fill import strength
 from .layers import grow_layers
 from .growth_channels import Filler, drop_channels, grow_channels
 

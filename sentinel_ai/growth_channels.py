@@ -20,7 +20,7 @@ from .surgery import all_back, apply_plan, full_param, model_size
 from .surgery import put_full, renumber_back, shape_mlp, widen_map
 from .verify import differing_layers, look_before
 from .slices import channel_slices, local_channels, read_channels
-from .regrow import drawn
+from .fill import drawn
 
 # %% ../nbs/04e_channels_growth.ipynb #7cbb7d6d
 def _strengths(site):

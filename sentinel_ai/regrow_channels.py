@@ -20,8 +20,10 @@ from .state import transaction
 from .pruning import check_free
 from .slices import local_channels, read_channels, write_channels
 from .repair import move_param, take_bridges
-from .regrow import Regrowth, as_repaired, drawn, number_of
-from .regrow import observe, out_names, restored_shares, saved_bridges, wish
+from .wish import number_of, observe, wish
+from .regrowth import Regrowth, as_repaired, out_names
+from .regrowth import restored_shares, saved_bridges
+from .fill import drawn
 
 # %% ../nbs/04b_regrow_channels.ipynb #ff213d61
 _all_ = ['blocks', 'highest']
