@@ -18,14 +18,14 @@ from .channels import channel_map
 from .choose import (
     choose, choose_evenly, choose_units, closed_cost, head_items,
     reachable_cost, strongest, total_cost, units_of)
-from sentinel_ai.gates import (
-    adapt, check_edit, gate_values, is_adaptive, is_merged, need_adapted,
-    set_gates)
+from .gates import (
+    adapt, check_edit, gate_values, is_adaptive, is_merged, look,
+    need_adapted, set_gates)
 from .measure import (
     CRITERIA, NEEDS, check_loss, forward_args, measure, measuring,
     score, summed_loss, token_batches)
 from .surgery import (
-    HeadPlan, compact, expand, kinds_of, local_head, original_heads)
+    HeadPlan, compact, expand, local_head, original_heads)
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, batch_on, check_free, holds_bias,
     measure_bridges, put_bridge, repair_layer, text_loss, undo_repair)
@@ -657,7 +657,9 @@ def unprune(
     with transaction(m, optimizer):
         if not m.sentinel.plan.whole: expand(m, optimizer)
         if is_repaired: undo_repair(m)
-        for kind in kinds_of(m): set_gates(m, 1., kind)
+        for site in m.sentinel.now:
+            site.module.sentinel.open_up()
+            look(site.module.sentinel, site)
         m.sentinel.plan.info.clear()
     return model
 
