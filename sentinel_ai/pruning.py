@@ -29,7 +29,8 @@ from .surgery import (
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, batch_on, check_free, holds_bias,
     measure_bridges, put_bridge, repair_layer, text_loss, undo_repair)
-from .state import built_sites, state_of, transaction
+from .state import (
+    built_sites, need_state, state_of, transaction)
 
 # %% ../nbs/03b_pruning.ipynb #c0004
 from .repair import (  # noqa: F401
@@ -135,8 +136,10 @@ def heads_for_ms(
     ids:Tensor, # Token ids `[b, t]`
     tries:int=6, # Steps of the bisection
 ) -> int:
-    "The least number of heads to prune for a forward pass within `ms`."
-    enough, short = m.sentinel.now.heads.n_heads - 1, 0
+    "The least number of heads to prune for a forward pass within `ms`; 0 if it is within it."
+    heads = need_state(m).now.heads
+    enough, short = heads.n_heads - 1, 0
+    if _timed_copy(m, plan_for(0), ids) <= ms: return 0
     best = _timed_copy(m, plan_for(enough), ids)
     if best > ms: raise ValueError(
         f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} '
