@@ -113,11 +113,12 @@ def built_heads(
 # %% ../nbs/00c_state.ipynb #8776dd05
 def need_state(
     model:nn.Module, # Any model, in any wrapper
+    gates:bool=True, # Must it have gates, or is any state enough?
 ) -> State:
     "The state of an adapted model. Raises `TypeError` for another."
     state = state_of(model)
-    has_gates = state is not None and state.config is not None
-    if not has_gates: raise TypeError(
+    is_there = state is not None and (state.config is not None or not gates)
+    if not is_there: raise TypeError(
         f'{type(base_model(model)).__name__} has no gates; '
         'call adapt(model) first')
     return state

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from .heads import AttnSite, UnsupportedArchitecture, base_model
 from .heads import core_linear, core_name, in_dim, param_at
 from .plan import HeadPlan
-from .state import is_compact, set_data, transaction, will_write
+from .state import (
+    is_compact, need_state, set_data, transaction, will_write)
 from .gates import Sentinel, adapt, check_edit, detach_hook
 from .gates import gate_values, look, need_adapted
 from .wiring import sync_sizes, unwire_attention, wire_attention
@@ -26,7 +27,7 @@ def kinds_of(
     m:nn.Module, # An adapted model
 ) -> tuple:
     "The kinds of units that a model has."
-    if m.sentinel.built.channels is None: return ('heads',)
+    if need_state(m, gates=False).built.channels is None: return ('heads',)
     return 'heads', 'channels'
 
 @patch(cls_method=True)
@@ -512,7 +513,7 @@ def local_head(
     head:int, # In the numbering of the original model
 ) -> int|None: # None for a head that was removed
     "The number that a head of the original model has in the model as it is now."
-    state = base_model(model).sentinel
+    state = need_state(model, gates=False)
     if not state.compact: return head
     keep = state.plan.keep[layer]
     return int(keep[:head].sum()) if keep[head] else None
@@ -522,7 +523,7 @@ def original_heads(
     layer:int, # A layer
 ) -> list:
     "The original numbers of the heads that a layer has now."
-    return base_model(model).sentinel.plan.kept(layer)
+    return need_state(model, gates=False).plan.kept(layer)
 
 # %% ../nbs/03_surgery.ipynb #c0083
 def full_param(
@@ -530,9 +531,9 @@ def full_param(
     name:str, # Of the parameter
 ) -> Tensor: # On the CPU; zeros for what was removed and not kept
     "A parameter in its original shape."
-    m = base_model(model)
+    m, state = base_model(model), need_state(model, gates=False)
     p = m.get_parameter(name).detach().cpu()
-    record = m.sentinel.stash.get(name)
+    record = state.stash.get(name)
     if record is None: return p
     dim, size = record['dim'], record['size']
     if p.shape[dim] == size: return p
@@ -550,8 +551,8 @@ def put_full(
     add:bool=False, # Add the value instead
 ):
     "Write a parameter of the original size: what the model holds, and what was removed."
-    m = base_model(model)
-    p, record = m.get_parameter(name), m.sentinel.stash.get(name)
+    m, state = base_model(model), need_state(model, gates=False)
+    p, record = m.get_parameter(name), state.stash.get(name)
     put = p.add_ if add else p.copy_
     will_write(p)
     if record is None or p.shape[record['dim']] == record['size']:
