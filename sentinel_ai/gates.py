@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .heads import UNITS, AttnSite, UnsupportedArchitecture
 from .heads import base_model, check_weights, core_linear
+from .site import owner_of
 from .state import built_sites, is_compact, start_state
 from .state import state_of, transaction, will_write
 from .channels import sites
@@ -714,9 +715,9 @@ def set_gates(
 # %% ../nbs/01_gates.ipynb #c0121
 def save_plain(model, save_directory, *args, **kwargs):
     "Save as the base class, without gates."
-    def is_ours(name): return '.sentinel.' in name or name.startswith('sentinel_budget')
     cls, tensors = type(model), kwargs.get('state_dict') or model.state_dict()
-    kwargs['state_dict'] = {k: v for k, v in tensors.items() if not is_ours(k)}
+    left_out = 'gates', 'budget'
+    kwargs['state_dict'] = {k: v for k, v in tensors.items() if owner_of(k) not in left_out}
     model.__class__ = plain_class(model)
     try: return model.save_pretrained(save_directory, *args, **kwargs)
     finally: model.__class__ = cls
