@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .heads import (AttnSite, UnsupportedArchitecture, base_model,
                                check_weights, core_linear, head_map, in_dim)
 from .plan import HeadPlan, grown_heads
-from .state import built_heads, state_of, transaction, will_write
+from .state import built_heads, linked_optimizer, state_of
+from .state import transaction, will_write
 from .gates import adapt, gate_values
 from .choose import strongest
 from .heads import param_at
@@ -400,6 +401,7 @@ def ungrow(
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     _check_ungrow(m, hm, native)
     check_ready(model, optimizer, 'grow')
+    optimizer = linked_optimizer(m.sentinel, optimizer)
     was = _repaired(m)
     with transaction(m, optimizer):
         drop_channels(m, optimizer)
