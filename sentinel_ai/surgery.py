@@ -16,8 +16,9 @@ from .heads import AttnSite, UnsupportedArchitecture, base_model
 from .heads import core_linear, core_name, in_dim, param_at
 from .site import model_size
 from .plan import HeadPlan
-from .state import (
-    is_compact, need_state, set_data, transaction, will_write)
+from sentinel_ai.state import (
+    is_compact, linked_optimizer, need_state, set_data, transaction,
+    will_write)
 from .gates import Sentinel, adapt, check_edit, detach_hook
 from .gates import gate_values, look, need_adapted
 from .wiring import sync_sizes, unwire_attention, wire_attention
@@ -240,6 +241,7 @@ def apply_plan(
 ):
     "Bring a model from the plan in force to `plan`."
     state = m.sentinel
+    optimizer = linked_optimizer(state, optimizer)
     if plan.channels is None: plan.channels = copy.deepcopy(state.plan.channels)
     with transaction(m, optimizer):
         names = {id(p): name for name, p in m.named_parameters()}
