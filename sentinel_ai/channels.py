@@ -19,6 +19,7 @@ from .heads import base_model, check_decoder, head_map, layer_rows
 from .heads import core_linear, core_name, has_module, in_dim
 from .heads import check_keep, in_features, out_features, param_at
 from .heads import disturbed, inputs_of
+from .site import model_size
 
 # %% ../nbs/00a_channels.ipynb #c0011
 @dataclass
@@ -651,8 +652,7 @@ def channel_map(
         found[path].shared_by = tuple(shared.get(path, ()))
     sites = [path and found[path] for path in paths]
     model_type = getattr(model.config, 'model_type', '?')
-    n_params = sum(p.numel() for p in model.parameters())
-    return ChannelMap(sites, model_type, n_params, unmapped)
+    return ChannelMap(sites, model_type, model_size(model), unmapped)
 
 # %% ../nbs/00a_channels.ipynb #c0087
 @patch
@@ -738,7 +738,7 @@ def parts(self:Sites,
         channels=self.channels.params() if self.channels else 0,
         experts=_held(routed_experts(model).values()),
         embeddings=_held(filter(None, tables)))
-    return held | dict(rest=_held([model]) - sum(held.values()))
+    return held | dict(rest=model_size(model) - sum(held.values()))
 
 # %% ../nbs/00a_channels.ipynb #c0113
 @patch

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from .io import STATE, join_state, read_state, settle, split_state
 from .io import staged, sync, write_state
 from .heads import base_model, core_linear, out_features
+from .site import owner_of, own_parameters
 from .gates import GateConfig, adapt, check_edit, is_adaptive
 from .gates import plain_class, set_gates
 from .plan import HeadPlan
@@ -336,8 +337,6 @@ def latest_checkpoint(
 # %% ../nbs/09_checkpoint.ipynb #c0049
 INNER = 'model'   # where the whole model is, beside adapters
 
-def _is_ours(name): return '.sentinel.' in name or name.startswith('sentinel_')
-
 def _full_shape(p, cut):
     shape = list(p.shape)
     if cut is not None: shape[cut['dim']] = cut['size']
@@ -348,7 +347,7 @@ def _full_shapes(m):
     state = state_of(m)
     stash = {} if state is None else state.stash
     return {name: _full_shape(p, stash.get(name))
-            for name, p in m.named_parameters() if not _is_ours(name)}
+            for name, p in own_parameters(m).items()}
 
 # %% ../nbs/09_checkpoint.ipynb #c0052
 def _skips_of(m):
@@ -519,7 +518,7 @@ def _open_lost(m, lost):
     for name in gates.keys() & set(lost):
         will_write(gates[name])
         gates[name].fill_(1.)
-    return [name for name in lost if '.sentinel.' not in name]
+    return [name for name in lost if owner_of(name) != 'gates']
 
 @torch.no_grad()
 def load_weights(
@@ -629,7 +628,7 @@ def _check_fit(path, model, weights):
     "Raise `ValueError` unless all weights fit; gates may be missing."
     own = model.state_dict()
     odd = [k for k in weights if k not in own]
-    odd += [k for k in own if k not in weights and '.sentinel.' not in k]
+    odd += [k for k in own if k not in weights and owner_of(k) != 'gates']
     odd += [k for k, t in weights.items() if k in own and t.shape != own[k].shape]
     if odd: raise ValueError(
         f'{path}: {len(odd)} weights do not fit this {type(model).__name__}, '

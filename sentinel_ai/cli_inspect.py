@@ -9,7 +9,7 @@ __all__ = ['gate_grid', 'spans', 'channel_lines', 'coverage_lines', 'InspectOpti
 from dataclasses import dataclass
 from torch import nn, Tensor
 from jaxtyping import Float
-from .surgery import model_size
+from .site import model_size, owner_of, own_parameters
 from .viz import open_channels, open_gates, plot_units
 from .command import MODEL_HELP, Parser, check_place, default_model
 from .command import interruptible, load, need, opt, quiet, save_plot
@@ -71,23 +71,23 @@ def coverage_lines(
 ) -> str:
     "Who holds how many of the model's parameters now, its gates not counted."
     parts = model.sentinel.now.parts(model)
-    gates = sum(p.numel() for name, p in model.named_parameters() if 'sentinel' in name)
-    parts['rest'] -= gates
     total = sum(parts.values())
     rows = [(part, f'{n:,}', f'{n/total:.0%}') for part, n in parts.items()]
     return text_table([('part', 'parameters', 'share'), *rows])
 
 def _memory(model):
-    "Parameters, their types, what they take in memory, and the gates"
-    params = dict(model.named_parameters())
-    mine = {name: p for name, p in params.items() if 'sentinel' in name}
-    others = [p for name, p in params.items() if name not in mine]
-    types = sorted({str(p.dtype).removeprefix('torch.') for p in others})
-    size = sum(p.numel()*p.element_size() for p in params.values())
-    gates = sum(p.numel() for p in mine.values())
+    "Parameters, their types, what they take in memory, and what was added to them"
+    held = own_parameters(model).values()
+    types = sorted({str(p.dtype).removeprefix('torch.') for p in held})
+    size, added = 0, dict(gates=0, skips=0)
+    for name, p in model.named_parameters():
+        owner = owner_of(name)
+        size += p.numel()*p.element_size()
+        if owner == 'budget': owner = 'gates'
+        if owner in added: added[owner] += p.numel()
     what = f'{", ".join(types)}, {size/2**20:,.1f} MiB'
-    return (f'{model_size(model):,} parameters ({what}), '
-            f'and {gates:,} for the gates')
+    more = [f'{n:,} for the {owner}' for owner, n in added.items() if n]
+    return ' and '.join([f'{model_size(model):,} parameters ({what})', *more])
 
 # %% ../nbs/12b_cli_inspect.ipynb #c0138
 @dataclass

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .heads import UNITS, AttnSite, UnsupportedArchitecture
 from .heads import base_model, check_weights, core_linear
+from .site import owner_of
 from .state import built_sites, is_compact, start_state
 from .state import state_of, transaction, will_write
 from .channels import sites
@@ -629,31 +630,45 @@ def gate_values(
     return t
 
 # %% ../nbs/01_gates.ipynb #c0090
-def _store(sentinel):
-    "Where accelerate holds offloaded gates: a dict, the key in it, the value; else None."
-    if not sentinel.gate.is_meta: return None
+def _store(sentinel, name='gate'):
+    "Where accelerate holds an offloaded parameter: a dict, the key in it, the value; else None."
+    if not getattr(sentinel, name).is_meta: return None
     hook = getattr(sentinel, '_hf_hook', None)
     for h in getattr(hook, 'hooks', [hook]):
         weights = getattr(h, 'weights_map', None)
         if weights is None: continue
         values = getattr(weights.dataset, 'state_dict', weights.dataset)
-        return values, f'{weights.prefix}gate', weights['gate']
+        return values, f'{weights.prefix}{name}', weights[name]
 
 @patch
 @torch.no_grad()
 def put(self:Sentinel,
-    values:Float[Tensor, ' h'], # NaN leaves a gate as it is
+    values:Float[Tensor, ' h'], # NaN leaves a value as it is
+    name:str='gate', # Or 'log_alpha'
 ):
     "Set the gates, also where accelerate has offloaded them."
     if values.isnan().all(): return
-    found = _store(self)
-    old = self.gate if found is None else found[2]
+    found, p = _store(self, name), getattr(self, name)
+    old = p if found is None else found[2]
     is_kept = values.isnan().to(old.device)
     new = torch.where(is_kept, old, values.to(old))
     if found is None:
-        will_write(self.gate)
-        self.gate.copy_(new)
+        will_write(p)
+        p.copy_(new)
     else: found[0][found[1]] = new
+
+# %% ../nbs/01_gates.ipynb #01ae4a1f
+@patch
+def open_up(self:Sentinel):
+    "Let every unit be fully open, whatever was set or learned."
+    self.put(torch.ones(self.n))
+    if self.mode != 'hard_concrete': return
+    c = self.config
+    start = math.log((1 - c.gamma)/(c.zeta - 1)) + .05
+    shared = torch.full(self.log_alpha.shape, max(start, c.log_alpha))
+    learned = _store(self, 'log_alpha')
+    learned = self.log_alpha if learned is None else learned[2]
+    self.put(torch.maximum(learned.detach().float().cpu(), shared), 'log_alpha')
 
 # %% ../nbs/01_gates.ipynb #c0093
 def _table_of_dict(found, values, unit):
@@ -700,9 +715,9 @@ def set_gates(
 # %% ../nbs/01_gates.ipynb #c0121
 def save_plain(model, save_directory, *args, **kwargs):
     "Save as the base class, without gates."
-    def is_ours(name): return '.sentinel.' in name or name.startswith('sentinel_budget')
     cls, tensors = type(model), kwargs.get('state_dict') or model.state_dict()
-    kwargs['state_dict'] = {k: v for k, v in tensors.items() if not is_ours(k)}
+    left_out = 'gates', 'budget'
+    kwargs['state_dict'] = {k: v for k, v in tensors.items() if owner_of(k) not in left_out}
     model.__class__ = plain_class(model)
     try: return model.save_pretrained(save_directory, *args, **kwargs)
     finally: model.__class__ = cls

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .heads import (AttnSite, UnsupportedArchitecture, base_model,
                                check_weights, core_linear, head_map, in_dim)
 from .plan import HeadPlan, grown_heads
-from .state import built_heads, state_of, transaction, will_write
+from .state import built_heads, linked_optimizer, state_of
+from .state import transaction, will_write
 from .gates import adapt, gate_values
 from .choose import strongest
 from .heads import param_at
+from .site import own_parameters
 from .surgery import all_back, apply_plan, check_ready, full_param
 from .surgery import head_slices, model_size, renumber_back, replay
 from .surgery import shape_layer, widen_map
@@ -399,6 +401,7 @@ def ungrow(
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     _check_ungrow(m, hm, native)
     check_ready(model, optimizer, 'grow')
+    optimizer = linked_optimizer(m.sentinel, optimizer)
     was = _repaired(m)
     with transaction(m, optimizer):
         drop_channels(m, optimizer)
@@ -517,9 +520,8 @@ def _weights_met(m):
     "How many weights a token meets."
     cfg, looked_up, met = m.config.get_text_config(), _looked_up(m), 0
     n, k = _first_number(cfg, _EXPERTS), _first_number(cfg, _SENT_TO)
-    for name, p in m.named_parameters():
-        is_ours = '.sentinel.' in name or name.startswith('sentinel_')
-        if is_ours or id(p) in looked_up: continue
+    for p in own_parameters(m).values():
+        if id(p) in looked_up: continue
         is_expert = p.ndim == 3 and n and k and p.shape[0] >= n
         met += p.numel()*(k/n if is_expert else 1)
     return met

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from .site import (
     AttnSite, UnsupportedArchitecture, core_linear, core_name, has_module,
-    in_dim, in_features, out_features, param_at, unit_rows)
+    in_dim, in_features, model_size, out_features, param_at, unit_rows)
 from .archs import (
     ARCHS, HEAD_COUNTS, KV_COUNTS, OUT_NAMES, disturbed, first_attr,
     inputs_of, probe, read_site, register_arch)
@@ -228,8 +228,7 @@ def head_map(
         found[path].shared_by = tuple(shared.get(path, ()))
     sites = [path and found[path] for path in paths]
     model_type = getattr(model.config, 'model_type', '?')
-    n_params = sum(p.numel() for p in model.parameters())
-    return HeadMap(sites, model_type, n_params, unmapped)
+    return HeadMap(sites, model_type, model_size(model), unmapped)
 
 # %% ../nbs/00_heads.ipynb #c0082
 @patch

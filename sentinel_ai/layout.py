@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .channels import MlpSite, sites
 from .heads import (AttnSite, UnsupportedArchitecture, base_model,
                                core_linear, head_map, in_dim)
+from .site import owner_of
 from .state import is_compact, state_of
 
 # %% ../nbs/07b_layout.ipynb #c0104
@@ -237,10 +238,9 @@ def own_tensors(
     m:nn.Module, # A decoder
 ) -> dict: # Name to tensor, detached
     "The model's own tensors, without gates."
-    def is_own(name):
-        if name.startswith('sentinel_budget'): return False
-        return '.sentinel.' not in name
-    return {name: t.detach() for name, t in m.state_dict().items() if is_own(name)}
+    added = 'gates', 'budget'
+    tensors = m.state_dict().items()
+    return {name: t.detach() for name, t in tensors if owner_of(name) not in added}
 
 @torch.no_grad()
 def probe_logits(

@@ -7,7 +7,7 @@ __all__ = ['CANDIDATES', 'Target', 'latency', 'heads_for_ms', 'PruneRequest', 's
            'close_heads']
 
 # %% ../nbs/03b_pruning.ipynb #c0003
-import copy, math, statistics, time, torch
+import copy, math, statistics, time, torch, warnings
 from dataclasses import dataclass, field, replace
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
@@ -18,18 +18,19 @@ from .channels import channel_map
 from .choose import (
     choose, choose_evenly, choose_units, closed_cost, head_items,
     reachable_cost, strongest, total_cost, units_of)
-from sentinel_ai.gates import (
-    adapt, check_edit, gate_values, is_adaptive, is_merged, need_adapted,
-    set_gates)
+from .gates import (
+    adapt, check_edit, gate_values, is_adaptive, is_merged, look,
+    need_adapted, set_gates)
 from .measure import (
     CRITERIA, NEEDS, check_loss, forward_args, measure, measuring,
     score, summed_loss, token_batches)
 from .surgery import (
-    HeadPlan, compact, expand, kinds_of, local_head, original_heads)
+    HeadPlan, compact, expand, local_head, original_heads)
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, batch_on, check_free, holds_bias,
     measure_bridges, put_bridge, repair_layer, text_loss, undo_repair)
-from .state import built_sites, state_of, transaction
+from .state import (
+    built_sites, need_state, state_of, transaction)
 
 # %% ../nbs/03b_pruning.ipynb #c0004
 from .repair import (  # noqa: F401
@@ -135,8 +136,10 @@ def heads_for_ms(
     ids:Tensor, # Token ids `[b, t]`
     tries:int=6, # Steps of the bisection
 ) -> int:
-    "The least number of heads to prune for a forward pass within `ms`."
-    enough, short = m.sentinel.now.heads.n_heads - 1, 0
+    "The least number of heads to prune for a forward pass within `ms`; 0 if it is within it."
+    heads = need_state(m).now.heads
+    enough, short = heads.n_heads - 1, 0
+    if _timed_copy(m, plan_for(0), ids) <= ms: return 0
     best = _timed_copy(m, plan_for(enough), ids)
     if best > ms: raise ValueError(
         f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} '
@@ -176,6 +179,7 @@ class PruneRequest(Target):
     fixed: dict = field(init=False, default_factory=dict) # Kind to table
     how: dict = field(init=False, default_factory=dict) # Repair, ridge
     info: dict = field(init=False, default_factory=dict) # Notes for the plan
+    warned: bool = field(init=False, default=False) # Of too few tokens
 
 # %% ../nbs/03b_pruning.ipynb #c0026
 @patch(as_prop=True)
@@ -559,7 +563,7 @@ def goals(self:PruneRequest, m) -> list: # What is saved after each round
     n = self.rounds or max(1, math.ceil(steps - .1))
     return [before + missing*(r + 1)/n for r in range(n)]
 
-# %% ../nbs/03b_pruning.ipynb #c0070
+# %% ../nbs/03b_pruning.ipynb #a9e29783
 @patch
 @torch.no_grad()
 def check_losses(self:PruneRequest, m):
@@ -571,6 +575,24 @@ def check_losses(self:PruneRequest, m):
             logits = m(ids, **forward_args(m, mask)).logits
             check_loss(summed_loss(logits, labels)/len(ids), labels, i)
 
+# %% ../nbs/03b_pruning.ipynb #b67f15e0
+@patch
+def warn_of_few(self:PruneRequest, m, stats, close):
+    "Warn, once, of fewer tokens than a layer has channels that are fitted on them."
+    repair, _ = self.how.get('channels', ('none', 0.))
+    is_fitted = repair in ('linear', 'affine')
+    if self.warned or not is_fitted: return
+    cut = close['channels'].any(1)
+    most = max((s.n for s in m.sentinel.now.channels if cut[s.layer]), default=0)
+    tokens = stats.info['tokens']
+    if tokens >= most: return
+    self.warned = True
+    warnings.warn(
+        f'{tokens:,} tokens of calibration text for layers of {most:,} channels: a repair that is '
+        f'fitted on so few can do harm; give batches of {most:,} tokens or more, several times '
+        "as many if there are, or repair='none'")
+
+# %% ../nbs/03b_pruning.ipynb #c0070
 @patch
 def one_round(self:PruneRequest, m, goal):
     "Measure, choose, repair, close."
@@ -581,6 +603,7 @@ def one_round(self:PruneRequest, m, goal):
         self.criterion = self.pick(m, stats, self.to_save)
     if self.is_joint: close = self.choose_both(m, stats, goal)
     else: close = self.choose_heads(m, stats, goal, self.criterion)
+    self.warn_of_few(m, stats, close)
     raised = self.apply(m, stats, close)
     if raised: self.info.setdefault('ridge_raised', {}).update(raised)
 
@@ -657,7 +680,9 @@ def unprune(
     with transaction(m, optimizer):
         if not m.sentinel.plan.whole: expand(m, optimizer)
         if is_repaired: undo_repair(m)
-        for kind in kinds_of(m): set_gates(m, 1., kind)
+        for site in m.sentinel.now:
+            site.module.sentinel.open_up()
+            look(site.module.sentinel, site)
         m.sentinel.plan.info.clear()
     return model
 

@@ -243,7 +243,7 @@ def repair_share(
     back=(), # Heads of that layer that are restored already
 ) -> dict|None: # The others took over `A @ B` and `a0 @ B`; or None
     "What the others took over from a head: `A` `[k, d]`, `a0`, `B` `[d, o]`."
-    records = base_model(model).sentinel.repairs.predictors
+    records = need_state(model, gates=False).repairs.predictors
     if (layer, head) not in records: return None
     own, order = records[layer, head], list(records)
     A, a0, d = own['T'].clone(), own['t0'].clone(), len(own['t0'])
@@ -260,8 +260,8 @@ def out_weight(
     layer:int, # A layer
 ) -> tuple: # Names of weight and bias; dimension of its inputs
     "The attention's output projection by its names in the model."
-    m = base_model(model)
-    lin = core_linear(m.sentinel.built.heads[layer].out)
+    m, state = base_model(model), need_state(model, gates=False)
+    lin = core_linear(state.built.heads[layer].out)
     name = projection_name(m, lin)
     return f'{name}.weight', f'{name}.bias', in_dim(lin)
 
@@ -272,7 +272,7 @@ def move_param(
     change:Tensor, # Added, in the shape as built
 ):
     "Change what repair has written; the log of repairs moves along."
-    changed = m.sentinel.repairs.changed
+    changed = need_state(m, gates=False).repairs.changed
     before = full_param(m, name).clone()
     put_full(m, name, change, add=True)
     if name not in changed: return
@@ -318,7 +318,7 @@ class Bridge:
 # %% ../nbs/03a_repair.ipynb #c0057
 def in_order(m) -> list: # Sites
     "Attention and MLPs of a model as it is, in the order of the layers."
-    return sorted(m.sentinel.now, key=lambda s: (s.layer, s.kind == 'channels'))
+    return sorted(need_state(m).now, key=lambda s: (s.layer, s.kind == 'channels'))
 
 def stand_in(
     m:nn.Module, # The adapted model
@@ -450,7 +450,7 @@ def take_bridges(
     shares:dict, # Layer to the share of its pruned units that are restored
 ) -> dict: # Layer to `name`, `B` and `b`
     "What is to be taken off of the bridges of these layers."
-    log, res = base_model(model).sentinel.repairs.bridges, {}
+    log, res = need_state(model, gates=False).repairs.bridges, {}
     for l, share in shares.items():
         bridge = log.pop((kind, l), None)
         if bridge is None: continue

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UnsupportedArchitecture', 'AttnSite', 'has_module', 'unit_rows', 'core_linear', 'in_dim', 'in_features',
-           'out_features', 'core_name', 'param_at']
+           'out_features', 'core_name', 'param_at', 'owner_of', 'own_parameters', 'model_size']
 
 # %% ../nbs/001_site.ipynb #91b9f68e
 import inspect, torch
@@ -215,3 +215,26 @@ def param_at(
     "The parameter at this path."
     path, _, leaf = name.rpartition('.')
     return getattr(owner.get_submodule(path), leaf, None)
+
+# %% ../nbs/001_site.ipynb #450e8583
+_OWNERS = dict(sentinel='gates', sentinel_budget='budget', sentinel_skips='skips')
+
+def owner_of(
+    name:str, # Of a parameter or buffer
+) -> str: # 'model', 'gates', 'budget' or 'skips'
+    "What a parameter belongs to."
+    parts = name.split('.')
+    return next((_OWNERS[p] for p in parts if p in _OWNERS), 'model')
+
+def own_parameters(
+    model:nn.Module, # Any model
+) -> dict: # By name
+    "The parameters that a model has of its own: no gates, budget or skips."
+    named = model.named_parameters()
+    return {name: p for name, p in named if owner_of(name) == 'model'}
+
+def model_size(
+    model:nn.Module, # Any model
+) -> int:
+    "Parameters of a model, those of gates, budget and skips not counted."
+    return sum(p.numel() for p in own_parameters(model).values())

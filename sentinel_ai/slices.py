@@ -171,13 +171,13 @@ def channels_by_layer(
     channels, # Pairs as built, or a table in the numbering of `gate_values`
 ) -> dict: # `{layer: channels}`, as built
     "The channels of each layer that were named."
-    m = base_model(model)
+    m, state = base_model(model), need_state(model)
     if not isinstance(channels, Tensor): return _pairs_by_layer(m, channels)
-    shape = m.sentinel.now.channels.shape
+    shape = state.now.channels.shape
     if channels.shape != shape: raise ValueError(
         f'a table of shape {tuple(channels.shape)} was given; '
         f'this model needs {shape} (layers, channels)')
-    plan = m.sentinel.plan.of_kind('channels')
+    plan = state.plan.of_kind('channels')
     found = {l: torch.tensor(plan.kept(l))[row[:plan.counts[l]].cpu()]
              for l, row in enumerate(channels.bool())}
     return {l: ids for l, ids in found.items() if len(ids)}
@@ -189,5 +189,5 @@ def local_channels(
     channels:Tensor, # Some of its channels, as built; all in the model now
 ) -> Tensor:
     "The numbers that channels have in the model as it is now."
-    keep = base_model(model).sentinel.plan.of_kind('channels').keep[layer]
+    keep = need_state(model, gates=False).plan.of_kind('channels').keep[layer]
     return (keep.cumsum(0) - 1)[channels]

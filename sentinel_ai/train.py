@@ -21,7 +21,7 @@ from .io import read_state, staged, write_text
 from .heads import UNITS
 from .choose import lowest
 from .gates import GateConfig, adapt, base_model, gate_values
-from .gates import is_adaptive, set_gates, settings_table
+from .gates import is_adaptive, need_adapted, set_gates, settings_table
 from .budget import closed_share, gate_penalty, harden_gates
 from .checkpoint import INNER, MARKER, extend_scheduler, restore, seal
 from .checkpoint import latest_checkpoint, load_optimizer_state
@@ -96,8 +96,8 @@ def sentinel_parameters(
     model:nn.Module, # An adapted model
 ) -> list: # Those that are trained
     "Gates and multipliers of an adapted model."
-    m = base_model(model)
-    owners = [site.attn.sentinel for site in m.sentinel.now.heads]
+    m = need_adapted(model)
+    owners = [site.module.sentinel for site in m.sentinel.now]
     if hasattr(m, 'sentinel_budget'): owners.append(m.sentinel_budget)
     return [p for owner in owners for p in owner.parameters() if p.requires_grad]
 
@@ -126,7 +126,9 @@ def on_optimizer_step(self:GateCallback, args, state, control,
     m = base_model(model)
     if m.sentinel.config.mode != 'learned': return
     with torch.no_grad():
-        for site in m.sentinel.now.heads: site.attn.sentinel.gate.clamp_(0, 1)
+        for site in m.sentinel.now:
+            gates = site.module.sentinel
+            if gates.mode == 'learned': gates.gate.clamp_(0, 1)
 
 # %% ../nbs/10_train.ipynb #c0027
 @patch
@@ -446,7 +448,7 @@ def close_random(
     seed:int=0, # Of the draw
 ) -> nn.Module: # The same model
     "Close a random share of the heads."
-    sites = base_model(model).sentinel.now.heads
+    sites = need_adapted(model).sentinel.now.heads
     drawn = torch.rand(sites.shape, generator=torch.Generator().manual_seed(seed))
     is_missing = sites.table().isnan()
     scores = torch.where(is_missing, math.nan, drawn)

@@ -18,8 +18,8 @@ from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.inset_locator import inset_axes
 from torch import Tensor, nn
 from jaxtyping import Float
-from .heads import base_model
 from .gates import gate_values
+from .state import need_state
 from .measure import HeadStats
 from .unet import plot_pathways
 
@@ -195,14 +195,14 @@ def open_gates(
     kind:str='heads', # 'heads' or 'channels'
 ) -> Float[Tensor, 'l n']: # NaN for units that were cut out or never were
     "The gates in force, in the numbering of the original model."
-    plan = base_model(model).sentinel.plan.of_kind(kind)
+    plan = need_state(model).plan.of_kind(kind)
     return plan.full(gate_values(model, effective=True, kind=kind))
 
 def open_channels(
     model:nn.Module, # An adapted model, compact or not
 ) -> Float[Tensor, 'l c']|None: # None where the model's MLPs can't be read
     "The gates of channels in force, in the numbering of the original model."
-    known = base_model(model).sentinel.now.channels is not None
+    known = need_state(model).now.channels is not None
     return open_gates(model, 'channels') if known else None
 
 # %% ../nbs/11_viz.ipynb #c0132

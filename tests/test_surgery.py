@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, gate_values, head_map, merge_gates, set_gates, unadapt, unmerge_gates
+from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, gate_values, head_map, merge_gates, set_gates, unadapt, unmerge_gates, unprune
 from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
 from sentinel_ai.choose import lowest
 from sentinel_ai.heads import core_linear, head_cost
@@ -432,3 +432,32 @@ def test_a_loss_that_is_still_held():
         if step == 1: set_gates(model, {(0, 1): 0.}); compact(model, optimizer=opt)
         if step == 2: expand(model, optimizer=opt)
     assert loss.isfinite()
+
+
+def test_an_optimizer_that_was_given_once_moves_along():
+    "Edits that aren't given the optimiser leave it fit for its next step; copies of the model know nothing of it."
+    model = adapt(build('llama'))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+    def train():
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    set_gates(model, {(0, 1): 0., (1, 2): 0.})
+    set_gates(model, {(0, 3): 0.}, 'channels')
+    compact(model, optimizer=optimizer)
+    train()
+    moments = {n: optimizer.state[p]['exp_avg'].clone() for n, p in model.named_parameters() if p in optimizer.state}
+    twin = copy.deepcopy(model)
+    expand(twin)
+    assert twin.sentinel.link is None and all(torch.equal(optimizer.state[p]['exp_avg'], moments[n]) for n, p in model.named_parameters() if n in moments)
+    expand(model)
+    train()
+    set_gates(model, 0., 'channels')
+    compact(model)
+    train()
+    unprune(model)
+    train()
+    assert all(s['exp_avg'].shape == p.shape for p, s in optimizer.state.items())
