@@ -13,7 +13,7 @@ from .channels import MlpSite
 from .heads import AttnSite, base_model, core_name, in_dim, param_at
 from .gates import gate_values
 from .surgery import head_slices
-from .state import will_write
+from .state import need_state, will_write
 
 # %% ../nbs/04a_slices.ipynb #c0009
 def _states(optimizer, p):
