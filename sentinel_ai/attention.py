@@ -16,7 +16,7 @@ from .heads import base_model, head_map
 from .gates import gate_values, is_adaptive
 from .measure import measuring, AttentionWatch, with_bias
 from .surgery import original_heads
-from .viz import COLORS, inside_axes, color_bar
+from .look import COLORS, inside_axes, color_bar
 
 # %% ../nbs/11a_attention.ipynb #c0105
 class _Maps(AttentionWatch):

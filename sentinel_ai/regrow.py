@@ -16,22 +16,23 @@ from .measure import HeadStats
 from .surgery import check_ready
 from .state import transaction
 from .repair import take_bridges
-from .wish import STRATEGIES, number_of, observe
-from .wish import pick_heads, wish
-from .regrowth import Regrowth, as_repaired
-from .regrowth import load_heads, out_names
-from .regrowth import restored_shares, saved_bridges
-from .regrowth import settle
-from .fill import INITS, drawn, procrustes, strength
+from .wish import (
+    STRATEGIES, number_of, observe, pick_heads, wish)
+from .regrowth import (
+    Regrowth, as_repaired, load_heads,
+    out_names, restored_shares,
+    saved_bridges, settle)
+from .fill import (
+    INITS, drawn, procrustes, strength)
 from .plant import Planting, check_possible
-from .regrow_channels import load_channels
-from .regrow_channels import regrow_channels
+from .regrow_channels import (
+    load_channels, regrow_channels)
 
 # %% ../nbs/04b_regrow.ipynb #71072f94
 _all_ = [  # their home is a chapter before, and they are found here too
     'STRATEGIES', 'number_of', 'observe', 'wish',
-    'Regrowth', 'as_repaired', 'out_names', 'settle',
-    'restored_shares', 'saved_bridges',
+    'Regrowth', 'as_repaired', 'out_names',
+    'settle', 'restored_shares', 'saved_bridges',
     'INITS', 'drawn', 'procrustes', 'strength']
 
 # %% ../nbs/04b_regrow.ipynb #c0111
