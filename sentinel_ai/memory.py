@@ -113,6 +113,7 @@ def channel_slices(
     channels:Tensor, # Some of its channels, in present numbers
 ) -> list: # Tuples: name, dimension, indices, 'gate', 'up' or 'o'
     "Where channels' shares of each parameter lie, one index a channel."
+    if site.blocks > 1: return site.slices(channels)
     mlp, res = site.mlp, []
     for part in () if site.stay else site.proj:
         name, rows = site.rows(part, channels)
@@ -155,8 +156,9 @@ def write_channels(
     slices = channel_slices(site, channels)
     dims = {(name, part): dim for name, dim, _, part in slices}
     def own_order(key, v):
-        p = site.mlp.get_parameter(key[0])
-        return v.flatten() if p.ndim == 1 else v.movedim(0, dims[key[:2]])
+        p, dim = site.mlp.get_parameter(key[0]), dims[key[:2]]
+        rest = p.shape[:dim] + p.shape[dim+1:]
+        return v.reshape(len(v), *rest).movedim(0, dim)
     values, moments = ({k: own_order(k, v) for k, v in dict(x).items()}
                        for x in (values, moments))
     write_slices(site.mlp, slices, values, moments, optimizer)
@@ -595,14 +597,14 @@ def adjust(self:UnitMemory,
 def adjust_channels(self:UnitMemory,
     layer:int, # A layer
     channels:Tensor, # Some of its channels, as built
-    change:Tensor, # Added to their output columns, `[channels, o]`
+    change:Tensor, # Added to their output columns, `[channels, o]`; of experts `[e, channels, o]`
 ):
     "The same for channels; those that aren't remembered are passed over."
     for key, rows, places in self.find_channels(layer, channels):
         rec = self[key]
         name = next(n for n, p in rec.values if p == 'o')
         new = unpack(rec.values[name, 'o']).clone()
-        new[rows] += change[places].to(new)
+        new[rows] += change[..., places, :].movedim(-2, 0).flatten(1).to(new)
         rec.values[name, 'o'] = pack(new, rec.meta['dtype'])
         self._replace(key, rec)
 

@@ -21,7 +21,7 @@ from .measure import HeadStats, measure
 from .surgery import (HeadPlan, check_ready, full_param, head_slices, local_head, original_heads,
                                  put_full, reattach)
 from .state import transaction, will_write
-from .repair import lower_bridges, take_bridges
+from .repair import lower_bridges, take_bridges, weight_names
 from .pruning import check_free, repair_share, shift_repair
 from .memory import read_head, sole, write_head
 from .unet import mirror
@@ -610,10 +610,7 @@ def out_names(
     site, # A layer as built, of heads or channels
 ) -> list: # In the model
     "Names of an output projection's weight and bias."
-    weight = core_linear(site.out).weight
-    names = base_model(model).named_parameters()
-    name = next(n for n, p in names if p is weight).rpartition('.')[0]
-    return [f'{name}.weight', f'{name}.bias']
+    return weight_names(base_model(model), site)
 
 def as_repaired(
     model:nn.Module, # An adapted model

@@ -19,12 +19,12 @@ from sentinel_ai.surgery import full_param
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, build, greedy, logits  # noqa: E402
 from test_surgery import same_state, state  # noqa: E402
-from test_units import EXPERTS, n_params  # noqa: E402
+from test_units import n_params  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore:.*only columns of the output projection')
 NAMED = ['gpt2', 'llama', 'phi3', 'opt', 'bloom', 'moshi']
-WITH = [name for name in ALL if name not in EXPERTS]
+WITH = ALL
 CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -125,7 +125,7 @@ def test_what_others_took_over_is_taken_back(name):
 
     def change():
         delta = full_param(model, weight) - first[weight]
-        return delta.mT if in_dim(site.out) == 1 else delta
+        return site.by_input(delta)
     total, ids = change().norm(), lost[layer].nonzero().flatten().tolist()
     for i in torch.randperm(len(ids) - 1, generator=torch.Generator().manual_seed(0)).split(5):
         regrow(model, [(layer, ids[j]) for j in i.tolist()], kind='channels')
