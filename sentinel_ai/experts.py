@@ -13,6 +13,7 @@ from functools import partial
 from torch import nn, Tensor
 from jaxtyping import Float, Int
 from fastcore.basics import patch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .channels import MLPS, STACKS, ChannelWiring, MlpSite
 from .channels import kept_rows, put_attribute, put_back, routed_experts
 from .heads import UnsupportedArchitecture, check_keep, first_attr, param_at
@@ -140,7 +141,9 @@ def uneven_forward(
     n = w.shape[1 if module.is_transposed else 2]
     fits = n*w.element_size() % 16 == 0
     is_grouped = module.config._experts_implementation == 'grouped_mm'
-    if is_grouped and not fits: forward = forward.__wrapped__
+    if not is_grouped or fits: return forward(module, *args, **kwargs)
+    is_traced = torch.compiler.is_compiling()              # a graph can't hold the loop
+    forward = ALL_EXPERTS_FUNCTIONS['batched_mm'] if is_traced else forward.__wrapped__
     return forward(module, *args, **kwargs)
 
 def routed_bias(
@@ -187,13 +190,6 @@ def cost(self:ExpertSite,
     if unit == 'params': return sum(p.numel() for p in held)/self.n
     matrices = sum(p.numel() for p in held if p.ndim == 3)/self.n
     return 2*matrices*self.chosen/self.experts
-
-@patch
-def widen(self:ExpertSite, donors):
-    "Experts can't get further channels."
-    raise UnsupportedArchitecture(
-        f'layer {self.layer} ({type(self.mlp).__name__}) cannot get further channels: '
-        'they are routed experts; grow heads, or channels of layers with a dense MLP')
 
 # %% ../nbs/00aa_experts.ipynb #93ba015d
 def idle_params(

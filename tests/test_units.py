@@ -142,7 +142,7 @@ def test_optimizer_moments_are_cut_and_restored(name):
     assert all(torch.equal(v, moments[p][k]) for p, s in opt.state.items() for k, v in s.items())
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'phi3', 'mixtral', 'gpt_oss'])
 def test_compiles_and_exports(name):
     model = masked(name, 1)
     compact(model)
@@ -215,7 +215,7 @@ def test_channel_gates_learn_under_a_budget(name, mode):
     assert (closed % 4 == 0).all()
 
 
-@pytest.mark.parametrize('name', SEED + ['phi3'])
+@pytest.mark.parametrize('name', SEED + ['phi3', 'mixtral', 'gpt_oss'])
 def test_open_gates_have_no_hook(name):
     "A layer whose gates are all 1 costs nothing; a gate that is set, by hand or in a compiled model, is in force."
     model = build(name)
@@ -245,7 +245,7 @@ def test_open_gates_have_no_hook(name):
 CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize('name', SEED + ['phi3', 'mistral', 'gemma2', 'falcon', 'gptj', 'deepseek_v3', 'opt-post-norm'])
+@pytest.mark.parametrize('name', SEED + ['phi3', 'mistral', 'gemma2', 'falcon', 'gptj', 'deepseek_v3', 'opt-post-norm', *EXPERTS, 'jamba'])
 def test_prune_under_a_budget_and_back(name, tmp_path):
     "Both kinds under one budget of parameters: met, compact equals masked, saved and read, and back bit for bit."
     model = build(name)
@@ -271,8 +271,9 @@ def test_prune_under_a_budget_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize('criterion', ['joint', 'fisher', 'repaired', 'flap', 'wanda', 'taylor', 'magnitude', 'random'])
-def test_every_criterion_chooses_both_kinds(criterion):
-    model = build('llama')
+@pytest.mark.parametrize('name', ['llama', 'gpt_oss'])
+def test_every_criterion_chooses_both_kinds(name, criterion):
+    model = build(name)
     sd = state(model)
     plan = prune(model, params=.9, batches=CALIB, rounds=1, criterion=criterion, progress=False)
     assert plan.removed or plan.channels.removed
@@ -281,7 +282,7 @@ def test_every_criterion_chooses_both_kinds(criterion):
 
 
 @pytest.mark.parametrize('repair', ['none', 'linear', 'affine'])
-@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt', 'mixtral', 'gpt_oss', 'jamba'])
 def test_repair_of_channels_helps(name, repair):
     model = build(name)
     plain = logits(model, CALIB)
@@ -309,7 +310,7 @@ def test_multiples_and_protection_hold():
 
 
 @pytest.mark.parametrize('kind', ['heads', 'channels'])
-@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt', 'phi3'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt', 'phi3', 'mixtral', 'gpt_oss'])
 def test_a_sublayer_that_is_pruned_altogether(name, kind, tmp_path):
     "Nothing of it runs, another stands in for it, saved and read it is the same, and all of it comes back."
     model = build(name)
