@@ -724,7 +724,7 @@ def probe_channels(
     "Which columns change when the rows of `part` of these channels are disturbed?"
     name, rows = site.rows(part, channels)
     if site.blocks > 1: raise UnsupportedArchitecture(
-        f'{site.path}: rows of routed experts are checked by compact, not here')
+        f'{site.path}: these are routed experts; use probe_experts')
     projection = site.mlp.get_submodule(name)
     before = inputs_of(model, site.out)
     changed = torch.zeros(site.n, dtype=torch.bool, device=before.device)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SENT_TO', 'ExpertSite', 'read_experts', 'uneven_forward', 'routed_bias', 'idle_params', 'gated_down', 'Routed',
-           'open_forward', 'Opened']
+           'open_forward', 'Opened', 'probe_experts']
 
 # %% ../nbs/00aa_experts.ipynb #55ca15e7
 import torch
 from dataclasses import dataclass, replace
 from functools import partial
 from torch import nn, Tensor
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .channels import MLPS, STACKS, ChannelWiring, MlpSite
@@ -268,3 +268,27 @@ class Opened:
         "Let the module run as before."
         put_back(self.module, self.old)
         self.old = []
+
+# %% ../nbs/00aa_experts.ipynb #f306e556
+@torch.no_grad()
+def probe_experts(
+    model:nn.Module, # A model whose weights may be changed for a moment
+    site:ExpertSite, # A layer of it
+    part:str, # 'gate' or 'up'
+    channels, # A channel, or several
+) -> Bool[Tensor, ' c']:
+    "Which channels change when the rows of `part` of these channels are disturbed?"
+    name, rows = site.rows(part, channels)
+    p, seen, noise = site.mlp._parameters[name], [], (0., 3., -3.)
+    dim, old = site.places(range(site.n))[name][0], p.detach().clone()
+    drawn = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old)
+    opened = Opened(site, lambda x, routed: seen.append(x) or x)
+    try:
+        for scale in noise:
+            p.copy_(old.index_add(dim, rows.to(p.device), drawn.index_select(dim, rows.to(p.device)), alpha=scale))
+            model(torch.arange(3, 11, device=p.device)[None])
+    finally:
+        opened.remove()
+        p.copy_(old)
+    changes = [(x - seen[0]).abs().flatten(0, 1).amax(0) for x in seen[1:]]
+    return torch.stack(changes).amax(0) > 1e-6
