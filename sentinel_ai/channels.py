@@ -612,12 +612,12 @@ def _read_all(model):
     return found, unmapped, shared
 
 # %% ../nbs/00a_channels.ipynb #62f4836e
-STACKS = []      # functions from a path and a module with stacked weights to its site, or None
+STACKS = {}      # name: function from a path and a module with stacked weights to its site, or None
 
 def _read_stack(path, m):
     "The site of experts, if one of `STACKS` can read them."
     if _why_not(path, m): return None
-    return next(filter(None, (read(path, m) for read in STACKS)), None)
+    return next(filter(None, (read(path, m) for read in STACKS.values())), None)
 
 def _join_experts(model, found, unmapped):
     "Let experts be the site of each layer without a dense MLP."

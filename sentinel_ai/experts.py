@@ -110,7 +110,7 @@ def read_experts(
                       fused if m.has_gate else 'separate', n, sizes={name: rows},
                       experts=len(down), chosen=first_attr(m.config, SENT_TO) or len(down))
 
-STACKS.append(read_experts)
+STACKS['experts'] = read_experts
 
 # %% ../nbs/00aa_experts.ipynb #9a4e7ec5
 @patch
