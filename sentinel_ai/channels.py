@@ -668,7 +668,7 @@ def _check_found(model, found, unmapped):
 def channel_map(
     model:nn.Module, # A decoder (or PEFT's wrapper around one)
 ) -> ChannelMap:
-    "Find every channel of a dense MLP. Raises `UnsupportedArchitecture` without."
+    "Find every MLP channel. Raises `UnsupportedArchitecture` without."
     model = base_model(model)
     state = model.__dict__.get('sentinel')
     is_known = state is not None and state.now.channels is not None
