@@ -3,6 +3,7 @@ __version__ = "0.2.0.dev0"
 from .testing import random_model
 from .heads import AttnSite, HeadMap, UnsupportedArchitecture, head_map, register_arch
 from .channels import ChannelMap, MlpSite, channel_map, register_mlp
+from .experts import ExpertSite
 from .gates import AdaptiveMixin, GateConfig, adapt, gate_values, is_adaptive, is_merged, set_gates, unadapt
 from .budget import closed_share, gate_penalty, harden_gates
 from .merge import merge_gates, unmerge_gates

@@ -14,7 +14,6 @@ from statistics import median
 from torch import nn, Tensor
 from jaxtyping import Int
 from .channels import sites
-from .heads import core_linear, in_dim
 from .gates import adapt, set_gates, unadapt
 from .surgery import compact, expand
 from .loaders import EMBEDDED
@@ -30,14 +29,10 @@ def spread(
     return {(site.layer, unit): 0. for i, site in enumerate(found or ())
             for unit in range(site.n) if (unit + i) % 4 == 0}
 
-def _columns(units, found):
-    "Each layer's site, and the columns of its projection for these units"
+def _by_site(units, found):
+    "Each layer's site, and which of its units"
     res = {}
-    for layer, unit in units:
-        site = found[layer]
-        first = site.width*unit
-        _, columns = res.setdefault(layer, (site, []))
-        columns.extend(range(first, first + site.width))
+    for layer, unit in units: res.setdefault(layer, (found[layer], []))[1].append(unit)
     return res.values()
 
 # %% ../nbs/12c_cli_compat.ipynb #c0147
@@ -49,13 +44,12 @@ def zeroed(
 ):
     "The model with the units' columns of its projections at zero, for a while."
     found, kept = sites(model), []
-    places = [*_columns(heads, found.heads), *_columns(channels, found.channels)]
+    places = [*_by_site(heads, found.heads), *_by_site(channels, found.channels)]
     with torch.no_grad():
-        for site, columns in places:
-            w = core_linear(site.out).weight
+        for site, units in places:
+            w = site.weight
             kept.append((w, w.detach().clone()))
-            idx = torch.tensor(columns, device=w.device)
-            w.index_fill_(in_dim(site.out), idx, 0.)
+            site.columns(w)[units] = 0.
         try: yield model
         finally:
             for w, old in reversed(kept): w.copy_(old)

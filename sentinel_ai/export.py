@@ -96,7 +96,7 @@ def _skeleton(m, shape, flags=()):
 # %% ../nbs/07b_export.ipynb #c0133
 _CHANNEL_SETTINGS = (
     'intermediate_size', 'ffn_dim', 'n_inner', 'ffn_hidden_size', 'd_ff',
-    'dim_ff', 'shared_expert_intermediate_size')
+    'dim_ff', 'shared_expert_intermediate_size', 'moe_intermediate_size')
 
 def _with_channels(m, shape, n):
     "The same shape, with `n` channels in every MLP."
@@ -189,11 +189,20 @@ def _as_built(m, mlps, shape):
     found = _skeleton(m, shape)[1].channels
     return all(found.sites[k.layer].n == k.site.n for k in mlps)
 
+def _on_grid(m, mlps, n, pad):
+    "A number of channels that plain experts can run with: their kernel takes rows of 16 bytes."
+    grid = 16//m.dtype.itemsize if any(k.site.blocks > 1 for k in mlps) else 1
+    if n % grid and not pad: raise ValueError(
+        f'{n} channels are kept in every layer, and experts of {m.dtype} need a multiple of {grid}: '
+        f'prune(model, ..., multiple={grid}) keeps that; '
+        'export_hf(..., pad=True) fills up with channels of zeros')
+    return n + -n % grid
+
 def _fit_channels(m, mlps, shape, pad):
     "The shape with one number of channels for all layers; sets the slots of each."
     if _as_built(m, mlps, shape): return shape
     if not pad: _check_even(mlps)
-    n = max([1, *(len(k.channels) for k in mlps)])
+    n = _on_grid(m, mlps, max([1, *(len(k.channels) for k in mlps)]), pad)
     new = _with_channels(m, shape, n)
     for k in mlps: k.slots = k.channels + [-1]*(n - len(k.channels))
     return new
@@ -288,8 +297,19 @@ def _moved(move):
     return filled.index_copy_(move.dim, move.put, taken.to(filled))
 
 # %% ../nbs/07b_export.ipynb #c0140
+def _expert_moves(k, to):
+    "The moves of experts' channels, in the parameters that hold them all."
+    put = torch.cat([to.rows(part, range(to.n))[1] for part in to.proj])
+    take = torch.cat([channel_rows(k, part) for part in to.proj])
+    for name, (dim, _, _) in to.places(range(to.n)).items():
+        if name == 'down_proj': continue
+        yield _Move(to.mlp.get_parameter(name), dim, put, k.site.mlp.get_parameter(name), take)
+
 def _channel_moves(k, to):
     "The moves of an MLP's channels, without its down projection."
+    if to.blocks > 1:
+        yield from _expert_moves(k, to)
+        return
     for name in dict.fromkeys(to.proj.values()):
         parts = [part for part in ('gate', 'up') if to.proj.get(part) == name]
         put = torch.cat([to.rows(part, range(to.n))[1] for part in parts])
@@ -311,11 +331,11 @@ def _entries(k, to):
         yield _Move(new, dim, torch.arange(to.n), old, slots)
 
 # %% ../nbs/07b_export.ipynb #c0032
-def _output(k, linear):
+def _output(k, to):
     "The new weight of a projection that writes to the stream."
-    if not k.site: return torch.zeros_like(linear.weight, device='cpu')
+    if not k.site: return torch.zeros_like(to.weight, device='cpu')
     weight = down_weight(k) if isinstance(k, KeptChannels) else out_weight(k)
-    return weight.t().contiguous().cpu() if in_dim(linear) == 0 else weight.cpu()
+    return to.by_input(weight.mT).contiguous().cpu()
 
 def _add_rest(res, new, own):
     "Everything without a share of units: as it is, and new biases zero."
@@ -346,8 +366,7 @@ def _fill(new, found, units, own):
     for k in units:
         of_kind = found.channels if isinstance(k, KeptChannels) else found.heads
         to = of_kind.sites[k.layer]
-        out = core_linear(to.out)
-        put(out.weight, _output(k, out))
+        put(to.weight, _output(k, to))
         for move in _moves(k, to): put(move.new, _moved(move))
     _add_rest(res, new, own)
     return res

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
-from .heads import UnsupportedArchitecture, core_linear, param_at
+from .heads import UnsupportedArchitecture, param_at
 from .plan import HeadPlan, grown_channels
 from .state import transaction, will_write
 from .gates import gate_values, need_adapted
@@ -29,7 +29,7 @@ def _strengths(site):
     extras = {name for name, _ in site.extras}
     res = torch.ones(site.n, device='cpu')
     for (name, _), v in values.items():
-        is_matrix = name.endswith('weight') and name not in extras
+        is_matrix = name.endswith(('weight', '_proj')) and name not in extras
         if is_matrix: res *= v.float().norm(dim=1).cpu()
     return res
 
@@ -134,7 +134,7 @@ def _can_grow(cm, layers):
     shared = [o for o in _owners(cm).values() if len(o) > 1]
     for l in layers:
         cm[l].widen([])
-        if core_linear(cm[l].out).weight.is_meta: raise RuntimeError(
+        if cm[l].weight.is_meta: raise RuntimeError(
             f'layer {l} holds no data (meta); load the weights first')
         mine = [o for o in shared if l in o]
         if mine: raise UnsupportedArchitecture(
@@ -261,7 +261,7 @@ def _notes(m):
         if s.native is None: continue
         mine = [n for n in known if n['layer'] == s.layer]
         noted = {c for n in mine for c in n['channels'].tolist()}
-        name = names[id(core_linear(s.out).weight)]
+        name = names[id(s.weight)]
         for pairs in _batches(s, noted):
             new, donors = torch.tensor(pairs, device='cpu').unbind(1)
             res.append(dict(layer=s.layer, channels=new, donors=donors, name=name))

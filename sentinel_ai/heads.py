@@ -343,25 +343,38 @@ _ELSEWHERE = {  # what a weight is: the way out
 
 _PIECES = ('DTensor', 'FlatParameter', 'ShardedTensor')
 
-def _trouble(module):
-    "A weight in words and a key of `_ELSEWHERE`; None if all is well."
+def _holder(module):
+    "The layer that holds a projection's weight, and the weight; None without."
     try: core = core_linear(module)
-    except UnsupportedArchitecture:
-        name = type(module).__name__
-        return f'a {name} without a weight of floats', 'quantized'
-    w = core.weight
+    except UnsupportedArchitecture: return module, None
+    return core, core.weight
+
+def _trouble(holder, w, ndim=2):
+    "A weight in words and a key of `_ELSEWHERE`; None if all is well."
+    if w is None: return f'a {type(holder).__name__} without a weight of floats', 'quantized'
     is_plain = type(w) in (nn.Parameter, Tensor)
     kind = str(w.dtype) if is_plain else type(w).__name__
     said = f'{kind} of shape {tuple(w.shape)} on {w.device}'
     if kind in _PIECES: return said, 'sharded'
     is_float = w.is_floating_point() and w.element_size() >= 2
     if not is_float or not is_plain: return said, 'quantized'
-    if w.ndim != 2: return said, 'sharded'
+    if w.ndim != ndim: return said, 'sharded'
     if not w.is_meta: return None
-    is_elsewhere = hasattr(core, '_hf_hook')
+    is_elsewhere = hasattr(holder, '_hf_hook')
     return said, 'offloaded' if is_elsewhere else 'without data (meta)'
 
 # %% ../nbs/00_heads.ipynb #c0118
+def _weights(site, parts):
+    "Name, holder and weight of each projection that is asked for, and its dimensions."
+    in_front = site.kind == 'channels' and parts != 'o'
+    if site.blocks > 1:                              # experts: stacked in parameters
+        names = ['down_proj', *(site.sizes if in_front else ())]
+        return [(name, site.mlp, site.mlp._parameters.get(name), 3) for name in names]
+    names = [site.out_name] if 'o' in parts else []
+    names += site.front('' if in_front else parts)
+    found = {name: _holder(site.module.get_submodule(name)) for name in names}
+    return [(f'{name}.weight', *holder, 2) for name, holder in found.items()]
+
 def check_weights(
     where, # A layer of heads or channels, or a model: all its attention layers
     what:str, # What reads or writes the weights, for the message
@@ -372,14 +385,11 @@ def check_weights(
     is_layer = not isinstance(where, nn.Module)
     sites = [where] if is_layer else head_map(base_model(where))
     for s in sites:
-        names = [s.out_name] if 'o' in parts else []
-        in_front = s.kind == 'channels' and parts != 'o'
-        names += [name for part, name in s.proj.items() if in_front or part in parts]
-        for name in dict.fromkeys(names):
-            trouble = _trouble(s.module.get_submodule(name))
+        for name, *held in _weights(s, parts):
+            trouble = _trouble(*held)
             if trouble is None: continue
             said, why = trouble
             if empty and why == 'without data (meta)': continue
             raise RuntimeError(
-                f'layer {s.layer}: {s.path}.{name}.weight is {said}, {why}; '
+                f'layer {s.layer}: {s.path}.{name} is {said}, {why}; '
                 f'{what} needs float weights in memory: {_ELSEWHERE[why]}')

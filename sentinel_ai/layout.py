@@ -14,8 +14,7 @@ from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .channels import MlpSite, sites
-from .heads import (AttnSite, UnsupportedArchitecture, base_model,
-                               core_linear, head_map, in_dim)
+from .heads import AttnSite, UnsupportedArchitecture, base_model, head_map
 from .site import owner_of
 from .state import is_compact, state_of
 
@@ -162,7 +161,7 @@ class KeptChannels:
 
 def kept_channels(
     model:nn.Module, # A decoder, plain or adapted, masked or compacted
-) -> list: # A `KeptChannels` for each dense MLP; none if none can be read
+) -> list: # A `KeptChannels` for each MLP; none if none can be read
     "The channels that are not closed, without any of zeros."
     found = sites(base_model(model)).channels or ()
     kept = [(site, *_open(site)) for site in found]
@@ -200,9 +199,8 @@ def take_rows(
 
 def _columns(site, index, gates):
     "Columns of the projection that writes to the stream, times gates."
-    linear = core_linear(site.out)
-    weight = linear.weight.t() if in_dim(linear) == 0 else linear.weight
-    return take_rows(weight.detach(), 1, index) * gates.to(weight)
+    weight = site.by_input(site.weight.detach()).mT                # (e) o k
+    return take_rows(weight, weight.ndim - 1, index) * gates.to(weight)
 
 def out_weight(
     k:Kept, # A layer, with its layout
@@ -226,7 +224,7 @@ def channel_rows(
 
 def down_weight(
     k:KeptChannels, # An MLP, with its slots
-) -> Tensor: # `[d_model, slot]`
+) -> Tensor: # `[d_model, slot]`; of experts `[e, d_model, slot]`
     "The down projection in the slots, gates folded in."
     slots = torch.tensor(k.slots, dtype=torch.long)
     gates = torch.zeros(len(slots))

@@ -99,14 +99,14 @@ def adjust(self:UnitMemory,
 def adjust_channels(self:UnitMemory,
     layer:int, # A layer
     channels:Tensor, # Some of its channels, as built
-    change:Tensor, # Added to their output columns, `[channels, o]`
+    change:Tensor, # Added to their output columns, `[channels, o]`; of experts `[e, channels, o]`
 ):
     "The same for channels; those that aren't remembered are passed over."
     for key, rows, places in self.find_channels(layer, channels):
         rec = self[key]
         name = next(n for n, p in rec.values if p == 'o')
         new = unpack(rec.values[name, 'o']).clone()
-        new[rows] += change[places].to(new)
+        new[rows] += change[..., places, :].movedim(-2, 0).flatten(1).to(new)
         rec.values[name, 'o'] = pack(new, rec.meta['dtype'])
         self.replace(key, rec)
 

@@ -10,36 +10,30 @@ import functools, torch
 from torch import nn
 from .gates import check_edit, detach_hook, has_changed
 from .gates import look, mark_of, need_adapted
-from .heads import check_weights, core_linear, in_dim
+from .heads import check_weights
 from .state import transaction, will_write
-
-# %% ../nbs/01b_merge.ipynb #c0009
-def _columns(w, site):
-    "A projection's weight (or its gradient) as `[n, width, out]`, a view."
-    is_in_out = in_dim(core_linear(site.out)) == 0
-    return (w if is_in_out else w.t()).unflatten(0, (site.n, site.width))
 
 # %% ../nbs/01b_merge.ipynb #c0012
 def _mergeable(site):
     "A site's sentinel and projection; raises if they can't become one."
     check_weights(site, 'merge_gates')
-    sentinel, lin = site.module.sentinel, core_linear(site.out)
-    where, w = f'layer {site.layer}: ', lin.weight
+    sentinel, w = site.module.sentinel, site.weight
+    where = f'layer {site.layer}: '
     if sentinel.factor is not None: raise RuntimeError(
         f'{where}factors of an Agency are at work; '
         'agency.bake() writes them into the gates first')
     if w.is_meta or not w.is_floating_point(): raise RuntimeError(
-        f'{where}{site.out_name}.weight is {w.dtype} on {w.device}; '
+        f'{where}{site.out_name or type(site.mlp).__name__}.weight is {w.dtype} on {w.device}; '
         'gates fold only into float weights in memory')
-    return sentinel, lin
+    return sentinel, w
 
 # %% ../nbs/01b_merge.ipynb #c0015
 def _check_tied(todo):
     "Layers that share one weight (Zamba) fold only if no gate has to be folded."
     tied = {}
-    for site, sentinel, lin in todo:
+    for site, sentinel, weight in todo:
         is_gated = bool((sentinel.gate != 1).any())
-        tied.setdefault(id(lin.weight), []).append((site.layer, is_gated))
+        tied.setdefault(id(weight), []).append((site.layer, is_gated))
     for layers in tied.values():
         is_safe = len(layers) == 1 or not any(gated for _, gated in layers)
         if not is_safe: raise RuntimeError(
@@ -59,12 +53,12 @@ def _still(sentinel, site, grad):
     "The gradient without the closed units' part."
     grad = grad.clone()
     is_closed = sentinel.folded.to(grad.device) == 0
-    _columns(grad, site)[is_closed] = 0.
+    site.columns(grad)[is_closed] = 0.
     return grad
 
 def _guard(sentinel, site):
     "See to it that no training changes the columns of merged, closed units."
-    w = core_linear(site.out).weight
+    w = site.weight
     if not w.requires_grad or bool((sentinel.folded != 0).all()): return
     guard = sentinel.guard
     if guard is None or guard[0] is not w:
@@ -72,14 +66,14 @@ def _guard(sentinel, site):
         hook = functools.partial(_still, sentinel, site)
         sentinel.guard = w, w.register_hook(hook), [w._version]
     elif guard[2][0] != w._version:
-        with torch.no_grad(): _columns(w, site)[sentinel.folded == 0] = 0.
+        with torch.no_grad(): site.columns(w)[sentinel.folded == 0] = 0.
         guard[2][0] = w._version
 
 # %% ../nbs/01b_merge.ipynb #c0021
-def _fold(site, sentinel, lin):
+def _fold(site, sentinel, weight):
     "Multiply one layer's gates into its weights."
-    will_write(lin.weight)
-    W = _columns(lin.weight, site)
+    will_write(weight)
+    W = site.columns(weight)
     gate = sentinel.gate.detach()
     changed = gate != 1
     sentinel.kept = W[changed].clone()
@@ -100,7 +94,7 @@ def merge_gates(
     todo = [(site, *_mergeable(site)) for site in unmerged]
     _check_tied(todo)
     with transaction(m):
-        for site, sentinel, lin in todo: _fold(site, sentinel, lin)
+        for site, sentinel, weight in todo: _fold(site, sentinel, weight)
     return model
 
 # %% ../nbs/01b_merge.ipynb #c0025
@@ -131,10 +125,10 @@ def _unfolded(sentinel, W):
 # %% ../nbs/01b_merge.ipynb #7d746d1d
 def _unfold(site):
     "Take one layer's gates out of its weights."
-    sentinel, lin = site.module.sentinel, core_linear(site.out)
+    sentinel = site.module.sentinel
     unguard(sentinel)
-    will_write(lin.weight)
-    W = _columns(lin.weight, site)
+    will_write(site.weight)
+    W = site.columns(site.weight)
     changed, columns = _unfolded(sentinel, W)
     W[changed] = columns
     sentinel.kept = sentinel.folded = sentinel.seen = None
@@ -166,12 +160,12 @@ def unmerged_state(
     m = need_adapted(model)
     state = dict(m.state_dict() if state is None else state)
     for site in m.sentinel.now:
-        sentinel, lin = site.module.sentinel, core_linear(site.out)
+        sentinel = site.module.sentinel
         if sentinel.folded is None: continue
-        for name in _names_of(m, lin.weight):
+        for name in _names_of(m, site.weight):
             if name not in state: continue
             state[name] = state[name].detach().clone()
-            W = _columns(state[name], site)
+            W = site.columns(state[name])
             changed, columns = _unfolded(sentinel, W)
             W[changed] = columns
     return state

@@ -13,8 +13,9 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .heads import (
-    base_model, check_weights, core_linear, head_map, out_features)
+    base_model, check_weights, head_map, out_features)
 from .channels import channel_map
+from .experts import idle_params
 from .choose import (
     choose, choose_evenly, choose_units, closed_cost, head_items,
     reachable_cost, strongest, total_cost, units_of)
@@ -73,24 +74,25 @@ def _heads_wanted(found, value):
         f'whole number of heads from 0 to {found.n_heads}')
     return float(round(value*found.n_heads) if is_share else value)
 
-def _model_cost(found, unit, context):
+def _model_cost(found, unit, context, idle):
     "What the whole model has, heads and channels and the rest."
     if unit == 'params': return found.n_params
     if unit == 'kv_bytes': return total_cost(found, 'kv_bytes')
     read = sum(4*s.head_dim*s.n_heads*context for s in found)
-    return 2*found.n_params + read
+    return 2*(found.n_params - idle) + read
 
 # %% ../nbs/03b_pruning.ipynb #c0014
 @patch
 def goal(self:Target,
     found, # The model's `HeadMap`
     units_in, # Function from a unit such as 'params' to a list of `Units`
+    idle:float=0., # Parameters that a token doesn't meet: experts it isn't sent to
 ) -> tuple: # The unit and how much of it is to be saved
     "What has to be saved. Raises before anything is changed."
     name, value = self.given()
     if name == 'amount': return 'heads', _heads_wanted(found, value)
     if name == 'ms': return name, float(value)
-    total, kinds = _model_cost(found, name, self.context), units_in(name)
+    total, kinds = _model_cost(found, name, self.context, idle), units_in(name)
     is_share = isinstance(value, float) and 0 < value <= 1
     if is_share: value = value*total     # of the unpruned model
     can = sum(closed_cost(replace(k, closed=k.exists)) for k in kinds)
@@ -310,8 +312,7 @@ def settle_repair(self:PruneRequest, m, maps):
 
 def _new_biases(found):
     "How many numbers the biases have that a repair would add."
-    lin = lambda site: core_linear(site.out)
-    is_bare = lambda site: getattr(lin(site), 'bias', None) is None
+    is_bare = lambda site: site.blocks == 1 and site.bias is None
     return sum(out_features(s.out) for s in found if is_bare(s))
 
 # %% ../nbs/03b_pruning.ipynb #c0039
@@ -361,7 +362,7 @@ def resolve(self:PruneRequest, m):
     if self.repair != 'none': check_free(found)
     none = {k: torch.zeros(f.shape).bool() for k, f in maps.items()}
     units_in = lambda unit: self.units(unit, maps, none)
-    self.unit, self.to_save = self.goal(heads, units_in)
+    self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
     batches = token_batches(self.batches, self.batch_size, 'cpu')
@@ -467,6 +468,13 @@ def _tell_memory(m, new, stats, optimizer, step=None):
     memory.remember(m, [tuple(x) for x in heads], stats, optimizer, step)
 
 @patch
+def note_unseen(self:PruneRequest, site, moments):
+    "Note the experts of a layer that no token of the text was sent to."
+    if site.blocks == 1: return
+    unseen = (moments['rows'] == 0).nonzero().flatten().tolist()
+    if unseen: self.info.setdefault('unseen_experts', {})[str(site.layer)] = unseen
+
+@patch
 def repair_sites(self:PruneRequest, m, stats, new, skip) -> dict:
     "Repair each layer of which units are pruned now. Returns raised ridges by layer."
     raised = {}
@@ -477,6 +485,7 @@ def repair_sites(self:PruneRequest, m, stats, new, skip) -> dict:
         if moments is None or not units.any(): continue
         repair, ridge = self.how[site.kind]
         used = repair_layer(m, site, units, moments, repair, ridge)
+        self.note_unseen(site, moments)
         if used <= ridge: continue
         name = str(site.layer)
         if self.is_joint: name = f'{site.kind} {name}'

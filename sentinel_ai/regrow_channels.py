@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .choose import blocks, highest, strongest
-from .heads import UnsupportedArchitecture, base_model, check_weights, in_dim
+from .heads import UnsupportedArchitecture, base_model, check_weights
 from .gates import gate_values, set_gates
 from .measure import HeadStats
 from .surgery import HeadPlan, apply_plan, check_ready
@@ -103,16 +103,16 @@ def pick_channels(
 # %% ../nbs/04b_regrow_channels.ipynb #c0019
 def _part_of(record, at):
     "Some units of a batch."
-    return dict(units=record['units'][at], T=record['T'][:, at],
-                t0=record['t0'][at], W=record['W'][at])
+    return dict(units=record['units'][at], T=record['T'][..., at],
+                t0=record['t0'][..., at], W=record['W'][..., at, :])
 
 def _give_back(m, layer, later, A, a0, B):
     "Follow a share through batches pruned later; they lose their parts of it."
     memory = m.sentinel.memory
     for record in later:
-        took = A[record['units']]                      # later, restored
+        took = A[..., record['units'], :]              # (e) later, restored
         A = A + record['T'].float() @ took
-        a0 = a0 + record['t0'] @ took
+        a0 = a0 + (record['t0'][..., None, :] @ took)[..., 0, :]
         part = took @ B                                # later, o
         record['W'] = record['W'] - part
         if memory is not None:
@@ -153,10 +153,13 @@ def take_back(
 def _in_order(parts, owned, units):
     "One share of all units; zeros for those that nobody made up for."
     A, a0, B = zip(*parts)
-    A, a0, B = torch.cat(A, 1), torch.cat(a0), torch.cat(B)
     at = (units[:, None] == owned).nonzero()           # in units, in owned
-    def spread(t): return t.new_zeros(len(units), *t.shape[1:]).index_copy(0, at[:, 0], t[at[:, 1]])
-    return dict(A=spread(A.mT).mT.contiguous(), a0=spread(a0), B=spread(B))
+    def spread(tensors, dim):
+        t = torch.cat(tensors, dim)
+        shape = [*t.shape]
+        shape[dim] = len(units)
+        return t.new_zeros(shape).index_copy(dim, at[:, 0], t.index_select(dim, at[:, 1]))
+    return dict(A=spread(A, -1), a0=spread(a0, -1), B=spread(B, -2))
 
 # %% ../nbs/04b_regrow_channels.ipynb #c0024
 def disown(
@@ -170,7 +173,7 @@ def disown(
     rest = []
     for record in log[layer]:
         record = _part_of(record, ~torch.isin(record['units'], units))
-        record['T'] = record['T'].index_fill(0, units, 0)
+        record['T'] = record['T'].index_fill(-2, units, 0)
         rest.append(record)
     log[layer] = rest
     _close_log(base_model(model), layer)
@@ -202,8 +205,8 @@ def take_off(m, layer, share, by):
     "Take a share off a layer's down projection and its bias."
     site = m.sentinel.built.channels[layer]
     weight, bias = out_names(m, site)
-    dW, db = share['A'] @ share['B'], share['a0'] @ share['B']
-    move_param(m, weight, -by*(dW.mT if in_dim(site.out) == 1 else dW))
+    dW, db = share['A'] @ share['B'], (share['a0'][..., None, :] @ share['B'])[..., 0, :]
+    move_param(m, weight, -by*site.by_input(dW))
     if db.any(): move_param(m, bias, -by*db)
 
 @patch
@@ -222,7 +225,7 @@ def _lead(self:ChannelRegrowth, then, now):
         new[l, local[go]] = now*target[go]
         share = self.shares[l]
         if share is None or not go.any(): continue
-        part = dict(A=share['A'][:, go], a0=share['a0'][go], B=share['B'][go])
+        part = dict(A=share['A'][..., go], a0=share['a0'][..., go], B=share['B'][..., go, :])
         take_off(m, l, part, now - then)
     set_gates(m, new, 'channels')
     self.stopped = stopped
@@ -349,8 +352,8 @@ def draw(self:_ChannelSeed, layer, units):
     def new(name, part, v):
         is_matrix = site.mlp.get_parameter(name).ndim > 1
         if part == 'o' and self.init == 'zero': return torch.zeros_like(v)
-        if is_matrix: return drawn(self.m, v, self.gen)
-        return torch.zeros_like(v) if name.endswith('bias') else v
+        if name.endswith('bias'): return torch.zeros_like(v)
+        return drawn(self.m, v, self.gen) if is_matrix else v
     values = {(n, p): new(n, p, v) for (n, p), v in values.items()}
     write_channels(site, local, values)
     self.forget_moments(site, local)
@@ -359,7 +362,7 @@ def draw(self:_ChannelSeed, layer, units):
 def _strength(values):
     "How strong each channel is: its column's norm times its rows'."
     norms = [v.float().norm(dim=1) for (name, _), v in values.items()
-             if name.endswith('weight')]
+             if name.endswith(('weight', '_proj'))]
     return torch.stack(norms).prod(0)
 
 @patch
@@ -382,7 +385,7 @@ def split(self:_ChannelSeed, layer, units):
     donors, uses = self.donors(layer, len(units))
     values, _ = read_channels(site, donors)
     key = next(k for k in values if k[1] == 'o')
-    W = values[key].float()
+    W = values[key].float()                            # n o, or all experts' side by side
     ratio = .3 + .4*torch.rand(len(units), generator=self.gen)
     ratio = ratio/uses
     gates = gate_values(self.m, kind='channels')[layer, donors]
@@ -392,7 +395,11 @@ def split(self:_ChannelSeed, layer, units):
     at = torch.tensor(plan.kept(layer))[donors]        # as built
     A = torch.zeros(plan.built[layer], len(units))
     A[at, torch.arange(len(units))] = ratio
-    return dict(A=A, a0=torch.zeros(len(units)), B=W)
+    share = dict(A=A, a0=torch.zeros(len(units)), B=W)
+    if site.blocks == 1: return share
+    each = W.unflatten(1, (site.blocks, -1)).transpose(0, 1)           # e n o
+    alike = {k: t.expand(site.blocks, *t.shape).contiguous() for k, t in share.items()}
+    return alike | dict(B=each.contiguous())
 
 # %% ../nbs/04b_regrow_channels.ipynb #c0044
 def _check_possible(m, chosen, init):

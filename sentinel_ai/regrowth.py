@@ -13,7 +13,7 @@ from .heads import base_model, core_linear
 from .gates import gate_values, set_gates
 from .surgery import HeadPlan, full_param, local_head, put_full
 from .state import transaction
-from .repair import lower_bridges, shift_repair
+from .repair import lower_bridges, shift_repair, weight_names
 
 # %% ../nbs/04b_regrowth.ipynb #c0044
 class Regrowth:
@@ -144,10 +144,7 @@ def out_names(
     site, # A layer as built, of heads or channels
 ) -> list: # In the model
     "Names of an output projection's weight and bias."
-    weight = core_linear(site.out).weight
-    names = base_model(model).named_parameters()
-    name = next(n for n, p in names if p is weight).rpartition('.')[0]
-    return [f'{name}.weight', f'{name}.bias']
+    return weight_names(base_model(model), site)
 
 def as_repaired(
     model:nn.Module, # An adapted model

@@ -244,7 +244,8 @@ AutoModelForCausalLM.register(SentinelConfig, SentinelForCausalLM, exist_ok=True
 def extra_biases(m):
     "Projections with a bias from a repair, which the class alone doesn't have."
     def has_bias(linear): return getattr(core_linear(linear), 'bias', None) is not None
-    now = {f'{s.path}.{s.out_name}' for s in m.sentinel.built if has_bias(s.out)}
+    dense = [s for s in m.sentinel.built if s.blocks == 1]     # no repair gives experts a bias
+    now = {f'{s.path}.{s.out_name}' for s in dense if has_bias(s.out)}
     if not now: return []
     with torch.device('meta'): twin = plain_class(m)(m.config)
     return sorted(n for n in now if not has_bias(twin.get_submodule(n)))

@@ -106,6 +106,7 @@ def channel_slices(
     channels:Tensor, # Some of its channels, in present numbers
 ) -> list: # Tuples: name, dimension, indices, 'gate', 'up' or 'o'
     "Where channels' shares of each parameter lie, one index a channel."
+    if site.blocks > 1: return site.slices(channels)
     mlp, res = site.mlp, []
     for part in () if site.stay else site.proj:
         name, rows = site.rows(part, channels)
@@ -148,8 +149,9 @@ def write_channels(
     slices = channel_slices(site, channels)
     dims = {(name, part): dim for name, dim, _, part in slices}
     def own_order(key, v):
-        p = site.mlp.get_parameter(key[0])
-        return v.flatten() if p.ndim == 1 else v.movedim(0, dims[key[:2]])
+        p, dim = site.mlp.get_parameter(key[0]), dims[key[:2]]
+        rest = p.shape[:dim] + p.shape[dim+1:]
+        return v.reshape(len(v), *rest).movedim(0, dim)
     values, moments = ({k: own_order(k, v) for k, v in dict(x).items()}
                        for x in (values, moments))
     write_slices(site.mlp, slices, values, moments, optimizer)

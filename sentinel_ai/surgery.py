@@ -174,7 +174,7 @@ def shape_mlp(
     _move_all(built.mlp, built.places(keep), stash, names, optimizer)
     built.rewire(keep)
     now = built.narrow(keep)
-    device = core_linear(built.out).weight.device
+    device = built.weight.device
     _resize(built.mlp, now, old, keep, config, device)
     return now
 

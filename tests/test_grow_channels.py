@@ -14,7 +14,6 @@ from sentinel_ai import Agency, UnsupportedArchitecture, adapt, export_hf, gate_
 from sentinel_ai.checkpoint import restore, save_checkpoint
 from sentinel_ai.growth import grow, ungrow
 from sentinel_ai.growth_channels import channel_strength
-from sentinel_ai.heads import core_linear, in_dim
 from sentinel_ai.memory import HeadMemory
 from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
 from transformers import AutoModelForCausalLM
@@ -27,10 +26,7 @@ from test_regrow import emptied  # noqa: E402
 torch.set_num_threads(1)
 # A norm over all channels in front of the down projection
 NO_CHANNELS = {'bitnet': 'a norm or a threshold is made of all channels'}
-# No MLP outside of routed experts
-ROUTED = ['gpt_oss', 'granitemoe', 'minimax', 'mixtral', 'olmoe', 'phimoe', 'qwen3_moe']
-NO_CHANNELS |= dict.fromkeys(ROUTED, 'routed experts')
-SOME = ['gpt2', 'opt', 'llama', 'phi3', 'bloom', 'moshi', 'qwen3_next']
+SOME = ['gpt2', 'opt', 'llama', 'phi3', 'bloom', 'moshi', 'mixtral', 'gpt_oss', 'qwen3_next']
 CALIB = [IDS, IDS.roll(2, 1)]
 
 
@@ -55,8 +51,8 @@ def sizes(m): return {s.layer: s.n for s in m.sentinel.now.channels}
 
 def column_of(m, site, channels):
     "Columns of the down projection as built, `[channels, width]`."
-    name = next(n for n, p in m.named_parameters() if p is core_linear(site.out).weight)
-    dim = in_dim(site.out)
+    name = next(n for n, p in m.named_parameters() if p is site.weight)
+    dim = site.places(range(site.n))[name.removeprefix(f'{site.path}.')][0]
     return full_param(m, name).index_select(dim, torch.as_tensor(channels)).movedim(dim, 0)
 
 
