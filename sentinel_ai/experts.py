@@ -91,6 +91,7 @@ def _stacked(m, name):
     p = m._parameters.get(name)
     return p if p is not None and p.ndim == 3 else None
 
+# %% ../nbs/00aa_experts.ipynb #86e68f13
 def read_experts(
     path:str, # Dotted path in the model
     m:nn.Module, # The module there
@@ -102,13 +103,15 @@ def read_experts(
     name = 'gate_up_proj' if m.has_gate else 'up_proj'
     down, up = _stacked(m, 'down_proj'), _stacked(m, name)
     if down is None or up is None: return None
-    n, rows = (down.shape[1], up.shape[2]) if m.is_transposed else (down.shape[2], up.shape[1])
+    inputs, outputs = (1, 2) if m.is_transposed else (2, 1)
+    n, rows = down.shape[inputs], up.shape[outputs]
     if rows != n*(1 + m.has_gate): return None
     fused = 'blocks' if m.is_concatenated else 'interleaved'
-    parts = ('gate', 'up') if m.has_gate else ('up',)
-    return ExpertSite(-1, path, m, '', dict.fromkeys(parts, name),
-                      fused if m.has_gate else 'separate', n, sizes={name: rows},
-                      experts=len(down), chosen=first_attr(m.config, SENT_TO) or len(down))
+    layout = fused if m.has_gate else 'separate'
+    proj = dict.fromkeys(('gate', 'up') if m.has_gate else ('up',), name)
+    chosen = first_attr(m.config, SENT_TO) or len(down)
+    return ExpertSite(-1, path, m, '', proj, layout, n, sizes={name: rows},
+                      experts=len(down), chosen=chosen)
 
 STACKS['experts'] = read_experts
 
@@ -146,6 +149,7 @@ def uneven_forward(
     forward = ALL_EXPERTS_FUNCTIONS['batched_mm'] if is_traced else forward.__wrapped__
     return forward(module, *args, **kwargs)
 
+# %% ../nbs/00aa_experts.ipynb #994d7673
 def routed_bias(
     module:nn.Module, # Experts
     *args, # Hidden states, experts of each token, routing weights
@@ -229,6 +233,7 @@ def _products(module, name, x, sizes):
         res.append(y if b is None else y + b[e])
     return torch.cat(res)
 
+# %% ../nbs/00aa_experts.ipynb #0d86dd4b
 def open_forward(
     module:nn.Module, # Experts
     see, # Function from channels `[t, a, c]` and `Routed` to channels
@@ -279,13 +284,15 @@ def probe_experts(
 ) -> Bool[Tensor, ' c']:
     "Which channels change when the rows of `part` of these channels are disturbed?"
     name, rows = site.rows(part, channels)
-    p, seen, noise = site.mlp._parameters[name], [], (0., 3., -3.)
+    p, seen = site.mlp._parameters[name], []
     dim, old = site.places(range(site.n))[name][0], p.detach().clone()
-    drawn = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old)
+    noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old)
+    rows = rows.to(p.device)
+    change = noise.index_select(dim, rows)
     opened = Opened(site, lambda x, routed: seen.append(x) or x)
     try:
-        for scale in noise:
-            p.copy_(old.index_add(dim, rows.to(p.device), drawn.index_select(dim, rows.to(p.device)), alpha=scale))
+        for scale in (0., 3., -3.):
+            p.copy_(old.index_add(dim, rows, change, alpha=scale))
             model(torch.arange(3, 11, device=p.device)[None])
     finally:
         opened.remove()

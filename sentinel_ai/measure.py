@@ -62,6 +62,7 @@ def residual(
     M, m = predictor
     return x @ M.to(x).mT + m.to(x)
 
+# %% ../nbs/02_measure.ipynb #feda832a
 def window_gradient(
     grad:Float[Tensor, 'b t k'], # ∂L/∂x of a projection's input
     left:Float[Tensor, 'b t k'], # What a repaired gate scales
@@ -299,6 +300,7 @@ def unpredicted(
         left[is_there] = residual(x[is_there], own)
     return left
 
+# %% ../nbs/02_measure.ipynb #3e5919a0
 @patch
 @torch.no_grad()
 def joint(self:_Recorder, grads):

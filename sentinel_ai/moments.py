@@ -173,6 +173,17 @@ def enough_ridge(
         L, info = torch.linalg.cholesky_ex(ridge(C, lam, own))
     return lam, L
 
+# %% ../nbs/02a_moments.ipynb #2e4eb9fa
+def _routed_tables(site, sums):
+    "`layer_tables` of experts: a unit's block is a diagonal, a number for each expert."
+    gram, tokens = wide(sums['gram']), sums['tokens']
+    is_whole = gram.ndim == 3
+    power = gram.diagonal(dim1=1, dim2=2) if is_whole else gram             # e c
+    fixed = sums['total'].square()/sums['n'].clamp_min(1e-30)[:, None]      # a bias writes it
+    W = out_columns(site).to(gram.device)
+    tables = _own_tables(W, (power/tokens).mT, ((power - fixed)/tokens).mT)
+    return tables, centred(sums) if is_whole else {}
+
 # %% ../nbs/02a_moments.ipynb #c0038
 def _residual_tables(site, W, moments, n, out_grad):
     "What is left of each head that others can't write."
@@ -184,16 +195,6 @@ def _residual_tables(site, W, moments, n, out_grad):
     moments['out_grad'] = out_grad.to(moments['mean'].dtype)/n
     res['obs'] = torch.einsum('hdo,hde,hep,op->h', W, left, W, moments['out_grad'])
     return res
-
-def _routed_tables(site, sums):
-    "`layer_tables` of experts: a unit's block is a diagonal, a number for each expert."
-    gram, tokens = wide(sums['gram']), sums['tokens']
-    is_whole = gram.ndim == 3
-    power = gram.diagonal(dim1=1, dim2=2) if is_whole else gram             # e c
-    fixed = sums['total'].square()/sums['n'].clamp_min(1e-30)[:, None]      # a bias writes it
-    W = out_columns(site).to(gram.device)
-    tables = _own_tables(W, (power/tokens).mT, ((power - fixed)/tokens).mT)
-    return tables, centred(sums) if is_whole else {}
 
 @torch.no_grad()
 def layer_tables(
