@@ -249,7 +249,8 @@ def _moved_repair(was, full, old, new):
     if torch.equal(was, new): now = full.clone()        # not trained since
     else: now = fit(new) + full - fit(was)
     if old is None: return None, now
-    return now + fit(old - new), now
+    moved = now + fit(old - new)
+    return torch.where(now == fit(new), fit(old), moved), now
 
 def _fit_batch(record, n):
     "What is known of channels that were pruned together, in a layer of `n`."
