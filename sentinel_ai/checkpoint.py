@@ -70,6 +70,7 @@ def save_checkpoint(
     **parts, # Anything with a `state_dict`
 ) -> Path: # The folder
     "Write everything that a run needs to go on exactly, or nothing."
+    if is_adaptive(model): check_edit(model, 'checkpoint')
     rates = getattr(head_lr_multipliers, 'multipliers', head_lr_multipliers)
     parts = {name: part.state_dict() for name, part in parts.items()}
     schedule = None if scheduler is None else scheduler.state_dict()

@@ -61,7 +61,8 @@ def _placed(
         'reattach or open one of its heads first')
     kv = site.kv_of.tolist()
     per = (site.native or site).group
-    many = n//per if site.n_kv_heads > 1 else 0     # with one KV head, all share it
+    is_shared = site.n_kv_heads == 1 and per > 1    # then new heads share it, too
+    many = 0 if is_shared else n//per
     new = _new_groups(kv, best, scores, many, per)
     rest = itertools.islice(itertools.cycle(best), n - len(new))
     return new + [(h, kv[h]) for h in rest]
@@ -248,7 +249,8 @@ def _moved_repair(was, full, old, new):
     if torch.equal(was, new): now = full.clone()        # not trained since
     else: now = fit(new) + full - fit(was)
     if old is None: return None, now
-    return now + fit(old - new), now
+    moved = now + fit(old - new)
+    return torch.where(now == fit(new), fit(old), moved), now
 
 def _fit_batch(record, n):
     "What is known of channels that were pruned together, in a layer of `n`."

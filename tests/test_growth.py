@@ -13,7 +13,7 @@ import torch
 from sentinel_ai import UnsupportedArchitecture, adapt, gate_values, head_map, measure, prune, set_gates, unadapt, unprune
 from sentinel_ai.growth import flops_per_token, grow, init_small, strength, ungrow
 from sentinel_ai.heads import head_cost
-from sentinel_ai.testing import random_config
+from sentinel_ai.testing import random_config, random_model
 from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
 from transformers import AutoModelForCausalLM
 
@@ -364,3 +364,26 @@ def test_sizes_from_a_name():
     assert [s.n_heads for s in model.sentinel.now.heads] == [2] and model.config.n_embd == 16
     assert init_small(random_config('llama'), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match='keep=0'): init_small('gpt2', keep=0)
+
+
+@pytest.mark.parametrize('name', ['bloom', 'gpt2', 'llama', 'opt', 'gpt_neox'])
+def test_a_layer_with_one_head_grows(name, tmp_path):
+    "A single head shares its keys and values with nobody, and neither do those that grow beside it."
+    heads = dict(n_head=1) if name in ('bloom', 'gpt2') else dict(num_attention_heads=1, num_key_value_heads=1)
+    model = adapt(random_model(name, **heads))
+    want = logits(model)
+    grow(model, heads=2)
+    close(logits(model), want)
+    assert all(s.n_kv_heads == 3 for s in model.sentinel.now.heads)
+    assert torch.equal(logits(reload(model, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'opt'])
+def test_repair_taken_back_after_growth(name):
+    "Where growth changed nothing, a repair's first values come back bit for bit."
+    plain = build(name)
+    model = copy.deepcopy(plain)
+    prune(model, 3, IDS, 'wanda', rounds=1, progress=False)
+    grow(model, heads=1, init='zero')
+    unadapt(ungrow(unprune(model)))
+    assert same_state(state(model), state(plain))
