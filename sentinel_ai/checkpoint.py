@@ -117,6 +117,7 @@ def _check_fit(path, model, weights):
         f'{path}: {len(odd)} weights do not fit this {type(model).__name__}, '
         f'the first: {odd[0]}')
 
+# %% ../nbs/09_checkpoint.ipynb #bbf0e3cf
 def _load_pth(path, model, optimizer):
     "A single file of state dicts, as earlier programs wrote it."
     d = torch.load(path, map_location='cpu', weights_only=True)
