@@ -17,6 +17,7 @@ from .io import (
     split_state, staged, write_state)
 from .heads import base_model
 from .site import owner_of
+from .gates import check_edit, is_adaptive
 from .state import transaction, will_write
 from .run_state import (
     check_kind, extend_scheduler, load_optimizer_state,
@@ -119,6 +120,7 @@ def _check_fit(path, model, weights):
         f'{path}: {len(odd)} weights do not fit this {type(model).__name__}, '
         f'the first: {odd[0]}')
 
+# %% ../nbs/09_checkpoint.ipynb #bbf0e3cf
 def _load_pth(path, model, optimizer):
     "A single file of state dicts, as earlier programs wrote it."
     d = torch.load(path, map_location='cpu', weights_only=True)

@@ -21,7 +21,8 @@ from .plan import HeadPlan
 from .state import built_sites, is_compact, state_of
 from .state import transaction, will_write
 from .surgery import apply_plan
-from .saving import HEADS_FILE, extra_biases, recall_removed
+from .config import HEADS_FILE, extra_biases
+from .removed import recall_removed
 from .unet import add_skips, remove_skips
 from .memory import HeadMemory
 from .agency import Agency

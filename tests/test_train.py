@@ -382,7 +382,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(at, tmp_path, monkeypatch):
         if str(a).endswith('.tmp'): full()
         real(a, b)
     target = dict(save_file=(io, 'save_file', full), weights=(type(m), 'save_pretrained', full), fsync=(os, 'fsync', full),
-                  rename=(os, 'rename', rename), json=(ck.json, 'dumps', full))[at]
+                  rename=(os, 'rename', rename), json=(json, 'dumps', full))[at]
     monkeypatch.setattr(*target)
     if at == 'rename': monkeypatch.setattr(io, 'exchange', lambda one, other: False)
     with pytest.raises(OSError, match='No space'): save_checkpoint(tmp_path/'last', m, opt, step=2)
