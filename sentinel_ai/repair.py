@@ -366,31 +366,35 @@ def stand_in(
 # %% ../nbs/03a_repair.ipynb #c0060
 def batch_on(m, batch): return tuple(x if x is None else x.to(m.device) for x in batch)
 
-def _gated_rows(site, x, valid):
-    "The inputs of a projection at tokens that count, times the gates."
+def _rows(x, valid):
+    "What a projection reads at tokens that count."
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows[valid.flatten().to(x.device)].float()
-    gate = site.module.sentinel(sample=False).detach()
-    return rows*gate.repeat_interleave(site.width).to(rows)
+    return rows[valid.flatten().to(x.device)].float()
 
-def _count_tokens(bridge, seen, valid):
-    "Add one batch to a bridge's sums; `seen` has the projections' inputs."
-    h = _gated_rows(bridge.prev, seen[id(bridge.prev)], valid)
-    if bridge.site.blocks > 1:
-        z = seen[id(bridge.site)][valid.flatten().to(h.device)].float()
-        return bridge.add(h, z)
-    W = out_columns(bridge.site).flatten(0, 1).float()               # k o
-    x = _gated_rows(bridge.site, seen[id(bridge.site)], valid)
-    bridge.add(h, x @ W.to(x.device))
+def _kept_inputs(site, close):
+    "1 for each input of a projection whose unit is kept, 0 where it is pruned now."
+    if site.kind not in close: return 1.
+    kept = ~close[site.kind][site.layer, :site.n]
+    return kept.repeat_interleave(site.width).float()
+
+def _count_tokens(bridge, seen, valid, close):
+    "Add one batch to a bridge's sums; `seen` has what the projections read."
+    h = _rows(seen[id(bridge.prev)], valid)
+    kept = torch.as_tensor(_kept_inputs(bridge.prev, close)).to(h)
+    z = _rows(seen[id(bridge.site)], valid)
+    if bridge.site.blocks == 1:
+        W = out_columns(bridge.site).flatten(0, 1).float()           # k o
+        z = z @ W.to(z.device)
+    bridge.add(h*kept, z)
 
 # %% ../nbs/03a_repair.ipynb #c0061
 def _catch(site, seen):
-    "Keep what a site's projection gets in `seen`, or what experts give but for biases."
-    def hook(module, args): seen[id(site)] = args[0]
-    def behind(module, args, kwargs, out):
+    "Keep what a site's projection reads in `seen`, or what experts give but for biases."
+    def reads(module, args, out): seen[id(site)] = args[0]        # after all hooks in front
+    def gives(module, args, kwargs, out):
         seen[id(site)] = out - routed_bias(module, *args, **kwargs)
-    if site.blocks > 1: return site.out.register_forward_hook(behind, with_kwargs=True)
-    return site.out.register_forward_pre_hook(hook)
+    if site.blocks > 1: return site.out.register_forward_hook(gives, with_kwargs=True)
+    return site.out.register_forward_hook(reads)
 
 @torch.no_grad()
 def measure_bridges(
@@ -411,7 +415,7 @@ def measure_bridges(
             for ids, mask, _ in (batch_on(m, batch) for batch in batches):
                 m(ids, **forward_args(m, mask))
                 valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-                for bridge in bridges: _count_tokens(bridge, seen, valid)
+                for bridge in bridges: _count_tokens(bridge, seen, valid, close)
     finally:
         for hook in hooks: hook.remove()
     return bridges
