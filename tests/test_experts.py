@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from sentinel_ai import adapt, compact, gate_values, measure, merge_gates, prune, set_gates, unprune
-from sentinel_ai.channels import channel_map, sites
-from sentinel_ai.experts import ExpertSite, Opened, idle_params, routed_bias
+from sentinel_ai.channels import channel_map, routed_experts, sites
+from sentinel_ai.experts import ExpertSite, Opened, idle_params, read_experts, routed_bias
 from sentinel_ai.measure import measuring, summed_loss
 from sentinel_ai.repair import repair_layer
 from transformers import AutoModelForCausalLM
@@ -269,3 +269,23 @@ def test_adapters_on_experts_are_never_silently_ungated():
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(RuntimeError, match='held by an adapter'): logits(wrapped)
     wrapped.unload()
+
+
+@pytest.mark.parametrize('name', ['nemotron_h', 'qwen2_moe'])
+def test_other_shapes_are_read_too(name):
+    "Experts without a gate projection, and those beside a shared expert, as modules by themselves."
+    path, module = next(iter(routed_experts(fresh(name)).items()))
+    site = read_experts(path, module)
+    assert site.proj.keys() == ({'up'} if name == 'nemotron_h' else {'gate', 'up'})
+    h, index = torch.randn(7, 32), torch.tensor([[0, 1], [2, 3], [1, 3], [0, 3], [2, 0], [1, 2], [3, 1]])
+    share = torch.rand(7, 2)
+    want, opened = module(h, index, share), Opened(site, lambda x, routed: x)
+    close(module(h, index, share), want)
+    opened.remove()
+    with torch.no_grad(): site.columns(site.weight)[::2] = 0.
+    want, keep = module(h, index, share), list(range(1, site.n, 2))
+    for n, (dim, _, idx) in site.places(keep).items():
+        p = module.get_parameter(n)
+        p.data = p.data.index_select(dim, idx)
+    site.rewire(keep)
+    close(module(h, index, share), want)
