@@ -624,10 +624,11 @@ def _join_experts(model, found, unmapped):
     taken = layer_stacks(found, model)
     for path, m in routed_experts(model).items():
         (stack, layers), = layer_stacks([path], model).items()
-        if layers.keys() <= taken.get(stack, {}).keys(): continue
-        site = _read_stack(path, m)
+        is_taken = layers.keys() <= taken.get(stack, {}).keys()
+        site = None if is_taken or 'shared' in path else _read_stack(path, m)
         if site is None: continue
         found[path] = site
+        taken.setdefault(stack, {}).update(layers)
         del unmapped[path]
 
 # %% ../nbs/00a_channels.ipynb #c0077

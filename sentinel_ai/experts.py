@@ -212,7 +212,7 @@ def gated_down(
     w = module._parameters.get('down_proj')
     if w is None or w.is_meta: raise RuntimeError(
         f'{type(module).__name__}: gates scale its down_proj, which is '
-        f"{'wrapped by an adapter' if w is None else 'offloaded'}; merge the adapter, "
+        f"{'held by an adapter or in shards' if w is None else 'offloaded'}; merge the adapter, "
         'load the whole model into memory, or compact(model) first')
     g = gates(w)
     return w*(g[:, None] if module.is_transposed else g)

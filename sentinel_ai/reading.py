@@ -72,11 +72,12 @@ def _shaped(config):
     return type(base.__name__, (base,), members)
 
 # %% ../nbs/07a_reading.ipynb #c0052
-def _without_gates(model, config):
+def _without_gates(model, config, missing):
     "Gates of channels that an older folder doesn't hold: `{key: sentinel}`."
-    channels = model.sentinel.now.channels
-    if 'kinds' in config.gates or channels is None: return {}
-    return {f'{s.path}.sentinel.gate': s.mlp.sentinel for s in channels}
+    channels, has_kinds = model.sentinel.now.channels, 'kinds' in config.gates
+    of = [s for s in channels or () if s.blocks > 1 or not has_kinds]    # experts got theirs later
+    gates = {f'{s.path}.sentinel.gate': s.mlp.sentinel for s in of}
+    return gates if gates.keys() <= missing else {}
 
 def _read_weights(path, config, base, *args, **kwargs):
     "The model in the plan's shape and what its loader has to say."
@@ -138,7 +139,7 @@ class SentinelForCausalLM:
         if attention:
             kwargs.setdefault('attn_implementation', attention)
         model, info = _read_weights(path, config, base, *args, **kwargs)
-        no_gates = _without_gates(model, config)
+        no_gates = _without_gates(model, config, set(info['missing_keys']))
         _check_all_read(path, info, no_gates)
         model.__class__ = adaptive_class(_base_type(config))
         _open_gates(model, no_gates)

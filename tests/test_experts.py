@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from sentinel_ai import adapt, compact, gate_values, measure, merge_gates, prune, set_gates, unprune
-from sentinel_ai.channels import channel_map, sites
-from sentinel_ai.experts import ExpertSite, Opened, idle_params, routed_bias
+from sentinel_ai.channels import channel_map, routed_experts, sites
+from sentinel_ai.experts import ExpertSite, Opened, idle_params, read_experts, routed_bias
 from sentinel_ai.measure import measuring, summed_loss
 from sentinel_ai.repair import repair_layer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import IDS, build as fresh, logits  # noqa: E402
@@ -222,3 +223,69 @@ def test_pruned_and_restored_under_a_sharp_budget():
     compact(model)
     unprune(model)
     assert torch.equal(logits(model), want) and same_state({k: v for k, v in state(model).items() if '.sentinel.' not in k}, sd)
+
+
+def test_a_folder_saved_before_experts_had_gates(tmp_path):
+    from safetensors.torch import load_file, save_file
+    model = set_gates(adapt(build('mixtral')), {(0, 1): 0.})
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path/'model.safetensors'
+    tensors = load_file(file)
+    gates = [key for key in tensors if '.experts.sentinel.' in key]
+    assert len(gates) == 2
+    save_file({k: v for k, v in tensors.items() if k not in gates}, file, dict(format='pt'))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    close(logits(back), want)
+    assert bool((gate_values(back, kind='channels') == 1).all())
+    save_file({k: v for k, v in tensors.items() if k != gates[0]}, file, dict(format='pt'))
+    with pytest.raises(ValueError, match='do not fit each other'): AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_training_goes_on(tmp_path):
+    from sentinel_ai import load_checkpoint, save_checkpoint
+    model = build('gpt_oss')
+    prune(model, params=.85, batches=CALIB, rounds=1, progress=False)
+    compact(model)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(IDS, labels=IDS).loss.backward()
+    opt.step()
+    want = logits(model)
+    save_checkpoint(tmp_path/'x.pt', model, opt, {}, 1, 2)
+    other = adapt(build('gpt_oss'))
+    twin = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-3)
+    load_checkpoint(tmp_path/'x.pt', other, twin)
+    assert torch.equal(logits(other), want) and len(twin.state) == len(opt.state)
+    unprune(other, twin)
+
+
+def test_adapters_on_experts_are_never_silently_ungated():
+    peft = pytest.importorskip('peft')
+    model = set_gates(adapt(build('mixtral')), {(0, 1): 0.}, 'channels')
+    want = logits(model)
+    config = peft.LoraConfig(r=2, target_modules=['q_proj', 'o_proj'], init_lora_weights=True)
+    close(logits(peft.get_peft_model(copy.deepcopy(model), config)), want)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=['mlp.experts.down_proj'])
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(RuntimeError, match='held by an adapter'): logits(wrapped)
+    wrapped.unload()
+
+
+@pytest.mark.parametrize('name', ['nemotron_h', 'qwen2_moe'])
+def test_other_shapes_are_read_too(name):
+    "Experts without a gate projection, and those beside a shared expert, as modules by themselves."
+    path, module = next(iter(routed_experts(fresh(name)).items()))
+    site = read_experts(path, module)
+    assert site.proj.keys() == ({'up'} if name == 'nemotron_h' else {'gate', 'up'})
+    h, index = torch.randn(7, 32), torch.tensor([[0, 1], [2, 3], [1, 3], [0, 3], [2, 0], [1, 2], [3, 1]])
+    share = torch.rand(7, 2)
+    want, opened = module(h, index, share), Opened(site, lambda x, routed: x)
+    close(module(h, index, share), want)
+    opened.remove()
+    with torch.no_grad(): site.columns(site.weight)[::2] = 0.
+    want, keep = module(h, index, share), list(range(1, site.n, 2))
+    for n, (dim, _, idx) in site.places(keep).items():
+        p = module.get_parameter(n)
+        p.data = p.data.index_select(dim, idx)
+    site.rewire(keep)
+    close(module(h, index, share), want)
