@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING
 from transformers import PreTrainedConfig, PreTrainedModel
 from .io import settle, staged, write_tensors, write_text
-from .heads import base_model, core_linear, out_features
+from .heads import base_model, core_linear, fresh_config, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class
 from .gates import is_merged, plain_class, save_plain
 from .merge import unmerged_state
@@ -246,7 +246,7 @@ def extra_biases(m):
     def has_bias(linear): return getattr(core_linear(linear), 'bias', None) is not None
     now = {f'{s.path}.{s.out_name}' for s in m.sentinel.built if has_bias(s.out)}
     if not now: return []
-    with torch.device('meta'): twin = plain_class(m)(m.config)
+    with torch.device('meta'): twin = plain_class(m)(fresh_config(m.config))
     return sorted(n for n in now if not has_bias(twin.get_submodule(n)))
 
 def _is_open(sentinel):
