@@ -76,7 +76,7 @@ def save_checkpoint(
     parts = {name: part.state_dict() for name, part in parts.items()}
     schedule = None if scheduler is None else scheduler.state_dict()
     counters = dict(epoch=epoch, step=step)
-    with staged(path) as tmp:
+    with transaction(model), staged(path) as tmp:
         base_model(model).save_pretrained(tmp)
         write_run(tmp, model, optimizer, head_lr_multipliers=rates, **counters,
                   data=data, scheduler=schedule, parts=parts)

@@ -296,10 +296,15 @@ def _in_multiples(pools, total, saved, goal, nearest=False):
     return saved
 
 # %% ../nbs/02b_choose_units.ipynb #c0060
+def _most_at_once(pool):
+    "What the dearest step saves: a multiple, or the last head of a group with its keys and values."
+    u = pool.units
+    return float(u.cost.max()*u.multiple + u.group_cost.max())
+
 def _check_met(kinds, pools, saved, goal, nearest):
     "Raise unless the goal is met, by counts to the nearest."
     slack = 1e-6
-    if nearest: slack = max(float(p.units.cost.max())*p.units.multiple for p in pools)/2
+    if nearest: slack = max(map(_most_at_once, pools))/2
     names = ' and '.join(units.kind for units in kinds)
     check_allowed(goal <= saved + slack, f'closing {goal:g} of {names}',
                   f'up to {saved:g}; lower the goal, least= or multiple=, protect fewer, '

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from torch import nn
 from fastcore.basics import patch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from .heads import base_model, core_linear
+from .heads import base_model, core_linear, fresh_config
 from .gates import GateConfig, is_merged, plain_class
 from .surgery import HeadPlan
 
@@ -83,7 +83,7 @@ def extra_biases(
     dense = [s for s in m.sentinel.built if s.blocks == 1]     # no repair gives experts a bias
     now = {f'{s.path}.{s.out_name}' for s in dense if has_bias(s.out)}
     if not now: return []
-    with torch.device('meta'): twin = plain_class(m)(m.config)
+    with torch.device('meta'): twin = plain_class(m)(fresh_config(m.config))
     return sorted(n for n in now if not has_bias(twin.get_submodule(n)))
 
 def _is_open(sentinel):

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from torch import nn, Tensor
 from .io import whole
 from .channels import sites
-from .heads import (
-    HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim)
+from sentinel_ai.heads import (
+    HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim,
+    fresh_config)
 from .gates import plain_class
 from .repair import BIAS_FLAGS
 from .layout import (
@@ -64,7 +65,7 @@ def _say(cfg, shape, flags):
 
 def _config(m, shape, flags=()):
     "A copy of the model's config with that shape, or a `ValueError`."
-    cfg = copy.deepcopy(m.config)
+    cfg = fresh_config(m.config)
     if hasattr(cfg, 'sentinel'): del cfg.sentinel
     try: _say(cfg, shape, flags)
     except Exception as e: raise _cannot(m, shape, e) from e

@@ -6,7 +6,7 @@
 __all__ = ['INITS', 'ungrow', 'grow', 'init_small', 'flops_per_token']
 
 # %% ../nbs/04c_growth.ipynb #c0003
-import copy, itertools, torch
+import itertools, torch
 from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from .state import built_heads, linked_optimizer, state_of
 from .state import transaction, will_write
 from .gates import adapt, gate_values
 from .choose import strongest
-from .heads import param_at
+from .heads import fresh_config, param_at
 from .site import own_parameters
 from .surgery import all_back, apply_plan, check_ready, full_param
 from .surgery import head_slices, model_size, renumber_back, replay
@@ -472,7 +472,7 @@ def _config_of(config, kwargs):
     "A config of its own, with further values set."
     if isinstance(config, nn.Module): config = base_model(config).config
     if isinstance(config, str): cfg = AutoConfig.for_model(config, **kwargs)
-    else: cfg = copy.deepcopy(config)
+    else: cfg = fresh_config(config)
     for k, v in kwargs.items(): setattr(cfg, k, v)
     return cfg
 

@@ -10,7 +10,7 @@ import copy, re, torch
 from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedConfig
-from .heads import (UnsupportedArchitecture, core_linear, in_dim,
+from .heads import (UnsupportedArchitecture, core_linear, fresh_config, in_dim,
                                in_features, layer_stacks, out_features)
 from .plan import grown_channels, grown_heads
 from .state import built_heads, is_compact, transaction
@@ -89,7 +89,7 @@ def _respell(key, value, order, n):
 # %% ../nbs/04d_layers.ipynb #c0020
 def _with_layers(config, order, n, counts):
     "A copy of a config for the layers in `order`; `counts`: names of the number."
-    cfg = copy.deepcopy(config)
+    cfg = fresh_config(config)
     for key, value in vars(config).items():
         if key.startswith('_'): continue
         new = _respell(key, value, order, n)
@@ -108,7 +108,7 @@ def _deeper(config, order, n):
 
 # %% ../nbs/04d_layers.ipynb #c0023
 def _empty(cls, config):
-    with torch.device('meta'): return cls(copy.deepcopy(config))
+    with torch.device('meta'): return cls(fresh_config(config))
 
 def _settings(module):
     "Plain values that a module keeps."

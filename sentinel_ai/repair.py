@@ -9,11 +9,12 @@ __all__ = ['REPAIRS', 'BIAS_FLAGS', 'CHANNEL_RIDGE', 'predict', 'holds_bias', 'p
            'put_bridge', 'take_bridges', 'lower_bridges']
 
 # %% ../nbs/03a_repair.ipynb #c0003
-import copy, torch
+import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
-from .heads import base_model, check_weights, core_linear, head_map, in_dim
+from .heads import base_model, check_weights, core_linear
+from .heads import fresh_config, head_map, in_dim
 from .channels import channel_map
 from .experts import routed_bias
 from .gates import check_edit, plain_class
@@ -58,7 +59,7 @@ def _has_bias(lin): return getattr(core_linear(lin), 'bias', None) is not None
 
 def _biased_twin(m):
     "The model's class with all biases asked for; None if there are no flags."
-    config = copy.deepcopy(m.config)
+    config = fresh_config(m.config)
     flags = [f for f in BIAS_FLAGS if getattr(config, f, None) is False]
     if not flags: return None
     for flag in flags: setattr(config, flag, True)

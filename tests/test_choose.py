@@ -2,6 +2,7 @@
 
 `pytest tests/test_choose.py -k budget` runs what concerns budgets.
 """
+import copy
 import importlib
 import math
 from dataclasses import replace
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from sentinel_ai.agency import Agency
+from sentinel_ai.budget import harden_gates
 from sentinel_ai.choose import Units, choose_units, choose_units_evenly, closed_cost, reachable_cost
-from sentinel_ai.gates import adapt, set_gates
+from sentinel_ai.gates import GateConfig, adapt, gate_values, set_gates
 from sentinel_ai.measure import HeadStats
 from sentinel_ai.policy import settle, toy_plan
 from sentinel_ai.regrow import regrow, wish
@@ -335,3 +337,15 @@ def test_each_name_has_one_home_and_is_found_in_choose(home, name):
     assert name in choose.__all__ and name in module.__all__
     assert getattr(choose, name) is getattr(module, name)
     assert getattr(module, name).__module__ == f'sentinel_ai.{home}'
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'bloom', 'llama'])
+def test_every_share_can_be_met_to_the_nearest_unit(name):
+    "A head that takes its keys and values along is a large step: half of it may be missing."
+    model = adapt(random_model(name), GateConfig('hard_concrete', kinds=('heads', 'channels'), sparsity=.1, unit='params'))
+    with torch.no_grad():
+        for site in model.sentinel.now.channels: site.module.sentinel.log_alpha += 1.       # so that heads come first
+    for share in torch.linspace(.02, .9, 45).tolist():
+        twin = copy.deepcopy(model)
+        harden_gates(twin, share)
+        assert (gate_values(twin) == 0).any() or share < .05

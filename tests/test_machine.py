@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close
                          set_gates, unadapt, ungrow, unmerge_gates, unprune)
 from sentinel_ai.gates import is_merged  # noqa: E402
 from sentinel_ai.heads import core_linear, in_dim, param_at  # noqa: E402
-from sentinel_ai.merge import unmerged_state  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
 from sentinel_ai.surgery import head_slices, kinds_of, reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
@@ -197,9 +195,11 @@ class Edits(RuleBasedStateMachine):
     def unmerge(self): self.attempt('unmerge_gates', lambda: unmerge_gates(self.model), same=True)
 
     # pruning
-    @rule(amount=st.sampled_from([1, .3, .6]), criterion=st.sampled_from(['joint', 'taylor', 'wanda', 'random']), repair=st.sampled_from(['none', 'linear', 'affine']))
+    @rule(amount=st.sampled_from([1, .3, .6]), criterion=st.sampled_from(['joint', 'taylor', 'wanda', 'random']),
+          repair=st.sampled_from(['none', 'linear', 'affine']))
     def prune_heads(self, amount, criterion, repair):
-        self.attempt('prune', lambda: prune(self.model, amount, CALIB, criterion, repair=repair, rounds=1, progress=False, optimizer=self.optimizer))
+        self.attempt('prune', lambda: prune(self.model, amount, CALIB, criterion, repair=repair, rounds=1, progress=False,
+                                            optimizer=self.optimizer))
 
     @rule(share=st.sampled_from([.95, .8, .6]), criterion=st.sampled_from(['joint', 'wanda']), repair=st.sampled_from(['none', 'affine']))
     def prune_units(self, share, criterion, repair):
@@ -256,7 +256,8 @@ class Edits(RuleBasedStateMachine):
 
     @rule(given=st.booleans())
     def ungrow(self, given):
-        if self.attempt('ungrow', lambda: ungrow(self.model, self.optimizer if given else None)): self.grown = False
+        if self.attempt('ungrow', lambda: ungrow(self.model, self.optimizer if given else None)):
+            self.grown, self.drawn = False, self.drawn or self.split        # a half that is closed isn't given back
 
     # what watches
     @rule()
@@ -358,13 +359,12 @@ class Edits(RuleBasedStateMachine):
         if is_merged(m): unmerge_gates(m)
         if m.sentinel.config.mode != 'static': harden_gates(m)
         if hasattr(m, 'sentinel_skips'): remove_skips(m)
-        lost = m.sentinel.repairs.lost
+        if m.sentinel.repairs.lost: return
+        unprune(m, self.optimizer)
         if self.grown:
             try: ungrow(m, self.optimizer)
             except RuntimeError as e: return note(f'# {e}')
             self.grown = False
-        if lost: return
-        unprune(m, self.optimizer)
         self.is_plain('at the end')
         unadapt(m)
         other = self.deep or self.trained or self.drawn or self.split

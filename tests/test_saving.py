@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from sentinel_ai import (GateConfig, adapt, compact, gate_values, harden_gates, merge_gates, prune, random_model, set_gates, unadapt,
+from sentinel_ai import (GateConfig, adapt, compact, gate_values, grow, harden_gates, merge_gates, prune, random_model, set_gates, unadapt,
                          unmerge_gates)
 from sentinel_ai import io
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
@@ -301,3 +301,17 @@ def test_the_state_of_a_folder_is_one(tmp_path):
         with io.staged(outer/'inner') as inner: io.write_text(inner/'x', 'x')
         assert json.dumps(sorted(os.listdir(tmp_path))) == '[".a.tmp"]'
     assert (tmp_path/'a'/'inner'/'x').read_text() == 'x'
+
+
+@pytest.mark.parametrize('name', ['apertus', 'llama', 'gpt2'])
+def test_saved_any_number_of_times(name, tmp_path):
+    "transformers leaves the config's dtype as text behind; whatever builds a second model from that config still can."
+    model = random_model(name)
+    prune(model, .25, IDS, rounds=1, progress=False)
+    compact(model)
+    want = logits(model)
+    for i in range(3): model.save_pretrained(tmp_path/str(i))
+    model.config.dtype = 'float32'
+    grow(model, layers=[0])
+    model.save_pretrained(tmp_path/'deeper')
+    for i in range(3): assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path/str(i))), want)
