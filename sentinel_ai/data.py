@@ -18,7 +18,7 @@ from .packing import (
     start_of, token_ids, tokenizer_key)
 
 # %% ../nbs/08_data.ipynb #56a409bc
-_all_ = ['TEXTS', 'load_text']  # their home is `texts`
+_all_ = ['TEXTS', 'load_text']  # from `texts`
 
 # %% ../nbs/08_data.ipynb #c0067
 def _take(stream, tok, max_docs, max_tokens):
@@ -135,7 +135,7 @@ def lm_dataset(
     max_length=None, # The same limit as a number
     max_docs=None, # Use no more than the first `max_docs` documents
     max_tokens=None, # Stop after this many tokens; for a stream 10 million
-    dedup=True, # Take validation paragraphs out of the training text?
+    dedup=True, # Take validation paragraphs out of training?
     verbose=False, # Print what went where, and what was left over?
     **kwargs # To `load_text`, if `texts` is a name
 )->DatasetDict: # `train` and `validation`: tensors `input_ids` and `labels`
@@ -143,8 +143,9 @@ def lm_dataset(
     if tokenizer.eos_token_id is None: raise ValueError(
         f'{type(tokenizer).__name__} has no end-of-text token '
         'to put between documents. '
-        "Name one that is in its vocabulary: tokenizer.eos_token = '</s>' "
-        '(then train with it), or load a tokenizer that has one')
+        'Name one that is in its vocabulary: '
+        "tokenizer.eos_token = '</s>' (then train with it), "
+        'or load a tokenizer that has one')
     block_size = block_size_for(block_size, tokenizer, model, max_length)
     docs = _as_docs(texts, tokenizer, max_docs, max_tokens, **kwargs)
     sides, key = sides_of(docs, valid, seed)

@@ -25,7 +25,7 @@ from .shrink import ungrow
 from .small import flops_per_token, init_small
 
 # %% ../nbs/04c_growth.ipynb #acde503e
-_all_ = [  # their home is a chapter before, and they are found here too
+_all_ = [  # their home is a chapter before
     'INITS', 'flops_per_token', 'init_small',
     'strength', 'ungrow']
 
