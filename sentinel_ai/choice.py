@@ -56,8 +56,9 @@ def pick(
     if value is None and options: value = options[0]
     is_name = isinstance(value, str) and value
     if not is_name or not free and value not in options: raise ValueError(
-        f"{label} is {value!r}; {'give a name, such as' if free else 'choose'} "
-        f"one of {', '.join(map(repr, options)) or 'no options'}")
+        f"{label} is {value!r}; "
+        f"{'give a name, such as' if free else 'choose'} one of "
+        f"{', '.join(map(repr, options)) or 'no options'}")
     if value not in options: options = [value, *options]
     shell = _front_end()
     return value if shell is None else _dropdown(shell, label, options, value)

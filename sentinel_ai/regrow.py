@@ -29,7 +29,7 @@ from .regrow_channels import (
     load_channels, regrow_channels)
 
 # %% ../nbs/04b_regrow.ipynb #71072f94
-_all_ = [  # their home is a chapter before, and they are found here too
+_all_ = [  # their home is a chapter before
     'STRATEGIES', 'number_of', 'observe', 'wish',
     'Regrowth', 'as_repaired', 'out_names',
     'settle', 'restored_shares', 'saved_bridges',
@@ -75,7 +75,7 @@ def _lead_all(model, job, heads, warmup, gate, info):
 # %% ../nbs/04b_regrow.ipynb #c0112
 def regrow(
     model:nn.Module, # An adapted model with closed or pruned units
-    amount, # Share (float) or number (int) of all units, or a list of them
+    amount, # Share (float), number (int), or a list of units
     batches=None, # Text to measure on, unless `stats` is given
     strategy='gradient', # One of `STRATEGIES`, a table, or a function to one
     init:str='memory', # With what in them: one of `INITS`

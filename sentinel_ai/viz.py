@@ -21,10 +21,12 @@ from .evolution import plot_evolution
 from .choice import Choice, pick
 
 # %% ../nbs/11_viz.ipynb #b33935b3
-_all_ = [  # their home is a chapter before, and they are found here too
-    'COLORS', 'PALETTE', 'color_bar', 'gate_colors', 'inside_axes',
-    'STATS', 'open_channels', 'open_gates', 'plot_channels',
-    'plot_gates', 'plot_stats', 'plot_unet', 'plot_units',
-    'plot_controller', 'plot_gates_over_time', 'plot_loss',
-    'plot_open', 'plot_rows', 'plot_tradeoff', 'plot_evolution',
-    'Choice', 'pick']
+_all_ = [  # from the chapters before
+    'COLORS', 'PALETTE', 'color_bar',
+    'gate_colors', 'inside_axes',
+    'STATS', 'open_channels', 'open_gates',
+    'plot_channels', 'plot_gates', 'plot_stats',
+    'plot_unet', 'plot_units', 'plot_controller',
+    'plot_gates_over_time', 'plot_loss',
+    'plot_open', 'plot_rows', 'plot_tradeoff',
+    'plot_evolution', 'Choice', 'pick']

@@ -148,12 +148,12 @@ def _measured(m, batches, strategy):
 # %% ../nbs/04b_wish.ipynb #c0069
 def pick_heads(
     m:nn.Module, # An adapted model
-    amount, # Share (float) or number (int) of all heads, or a list of them
+    amount, # Share (float), number (int), or a list
     batches, # Text to measure on, or None
     strategy, # One of `STRATEGIES`, a table, or a function to one
     stats:HeadStats|None, # What `observe` gave
     seed:int, # For 'random'
-    init:str, # 'split' asks for an open head in the layer
+    init:str, # 'split' needs an open head there
 ) -> list:
     "The heads to restore, `[(layer, head)]`."
     plan, agency = HeadPlan.from_gates(m), m.sentinel.agency

@@ -316,7 +316,7 @@ def test_refusals_change_nothing():
 
 
 def test_what_goes_wrong_is_undone(monkeypatch):
-    import sentinel_ai.growth as g
+    import sentinel_ai.growth_heads as g
     model = adapt(build('llama'))
     sd, want = state(model), logits(model)
     monkeypatch.setattr(g, 'differing_layers', lambda *a: {('heads', 0): 'it is a test'})
