@@ -18,9 +18,10 @@ from .measure import (
     check_loss, forward_args, measure, measuring, summed_loss)
 from .surgery import (
     HeadPlan, expand, local_head, original_heads)
-from .repair import (
-    CHANNEL_RIDGE, REPAIRS, batch_on, check_free, holds_bias,
-    repair_layer, undo_repair)
+from sentinel_ai.repair import (
+    CHANNEL_RIDGE, REPAIRS, check_free, holds_bias, repair_layer,
+    undo_repair)
+from .bridges import batch_on
 from .state import transaction
 from .target import heads_for_ms
 from .request import PruneRequest

@@ -15,7 +15,7 @@ from .gates import need_adapted
 from .measure import HeadStats
 from .surgery import check_ready
 from .state import transaction
-from .repair import take_bridges
+from .bridges import take_bridges
 from .wish import (
     STRATEGIES, number_of, observe, pick_heads, wish)
 from .regrowth import (

@@ -14,7 +14,7 @@ from .heads import base_model, check_weights
 from .measure import HeadStats
 from .surgery import HeadPlan, check_ready
 from .state import transaction
-from .repair import take_bridges
+from .bridges import take_bridges
 from .wish import number_of, observe, wish
 from .regrowth import (
     as_repaired, restored_shares)

@@ -13,7 +13,8 @@ from .heads import base_model, core_linear
 from .gates import gate_values, set_gates
 from .surgery import HeadPlan, full_param, local_head, put_full
 from .state import transaction
-from .repair import lower_bridges, shift_repair, weight_names
+from .repair import shift_repair, weight_names
+from .bridges import lower_bridges
 
 # %% ../nbs/04b_regrowth.ipynb #c0044
 class Regrowth:

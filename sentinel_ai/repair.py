@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'BIAS_FLAGS', 'CHANNEL_RIDGE', 'predict', 'holds_bias', 'projection_name', 'weight_names', 'change_param',
-           'repair_layer', 'check_free', 'undo_repair', 'repair_share', 'out_weight', 'move_param', 'shift_repair',
-           'Bridge', 'in_order', 'stand_in', 'batch_on', 'measure_bridges', 'solve_bridge', 'text_loss', 'full_width',
-           'put_bridge', 'take_bridges', 'lower_bridges']
+           'repair_layer', 'check_free', 'undo_repair', 'repair_share', 'out_weight', 'move_param', 'shift_repair']
 
-# %% ../nbs/03a_repair.ipynb #c0003
+# %% ../nbs/03a_repair.ipynb #89ce2b34
 import torch
-from dataclasses import dataclass
-from torch import nn, Tensor
 from jaxtyping import Bool, Float
-from .heads import base_model, check_weights, core_linear
-from .heads import fresh_config, head_map, in_dim
+from torch import Tensor, nn
 from .channels import channel_map
-from .experts import routed_bias
 from .gates import check_edit, plain_class
-from .measure import enough_ridge, forward_args, measuring, out_columns, summed_loss
-from .surgery import full_param, original_heads, put_full
+from sentinel_ai.heads import (
+    base_model, check_weights, core_linear, fresh_config, head_map,
+    in_dim)
+from .measure import enough_ridge
 from .state import RepairLog, need_state, state_of, transaction, will_write
+from .surgery import full_param, original_heads, put_full
 
 # %% ../nbs/03a_repair.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')
@@ -326,192 +323,3 @@ def shift_repair(
     shift = -by*(share['a0'] @ share['B'])                           # o
     move_param(m, weight, delta if dim == 0 else delta.mT)
     if shift.any(): move_param(m, bias, shift)
-
-# %% ../nbs/03a_repair.ipynb #c0055
-@dataclass
-class Bridge:
-    "A sublayer about to be empty, its stand-in, and sums over tokens."
-    site: object          # The sublayer that loses its last unit
-    prev: object          # The one that is to write in its place
-    n: float = 0.         # Tokens
-    hh: object = 0.       # `[k, k]` of the stand-in's input
-    zh: object = 0.       # `[o, k]` of what is lost with that input
-    h: object = 0.        # `[k]`
-    z: object = 0.        # `[o]`
-
-    def add(self, h, z):
-        "Count tokens: the stand-in's inputs and what the site writes."
-        self.n = self.n + len(h)
-        self.hh, self.zh = self.hh + h.mT @ h, self.zh + z.mT @ h
-        self.h, self.z = self.h + h.sum(0), self.z + z.sum(0)
-
-# %% ../nbs/03a_repair.ipynb #c0057
-def in_order(m) -> list: # Sites
-    "Attention and MLPs of a model as it is, in the order of the layers."
-    return sorted(need_state(m).now, key=lambda s: (s.layer, s.kind == 'channels'))
-
-def stand_in(
-    m:nn.Module, # The adapted model
-    site, # A sublayer that loses its last unit
-    close:dict, # Of each kind a table `[l, u]`, True for what is pruned then
-): # A site; None if there is none
-    "The nearest sublayer before `site` that keeps units."
-    order = in_order(m)
-    place = next(i for i, s in enumerate(order) if s is site)
-    for s in reversed(order[:place]):
-        is_open = s.module.sentinel.gate.detach().cpu() != 0
-        if s.kind in close: is_open = is_open & ~close[s.kind][s.layer, :s.n]
-        can_write = s.blocks == 1 and s.weight is not site.weight
-        if is_open.any() and can_write: return s
-
-# %% ../nbs/03a_repair.ipynb #c0060
-def batch_on(m, batch): return tuple(x if x is None else x.to(m.device) for x in batch)
-
-def _rows(x, valid):
-    "What a projection reads at tokens that count."
-    rows = x.reshape(-1, x.shape[-1])
-    return rows[valid.flatten().to(x.device)].float()
-
-def _kept_inputs(site, close):
-    "1 for each input of a projection whose unit is kept, 0 where it is pruned now."
-    if site.kind not in close: return 1.
-    kept = ~close[site.kind][site.layer, :site.n]
-    return kept.repeat_interleave(site.width).float()
-
-def _count_tokens(bridge, seen, valid, close):
-    "Add one batch to a bridge's sums; `seen` has what the projections read."
-    h = _rows(seen[id(bridge.prev)], valid)
-    kept = torch.as_tensor(_kept_inputs(bridge.prev, close)).to(h)
-    z = _rows(seen[id(bridge.site)], valid)
-    if bridge.site.blocks == 1:
-        W = out_columns(bridge.site).flatten(0, 1).float()           # k o
-        z = z @ W.to(z.device)
-    bridge.add(h*kept, z)
-
-# %% ../nbs/03a_repair.ipynb #c0061
-def _catch(site, seen):
-    "Keep what a site's projection reads in `seen`, or what experts give but for biases."
-    def reads(module, args, out): seen[id(site)] = args[0]        # after all hooks in front
-    def gives(module, args, kwargs, out):
-        seen[id(site)] = out - routed_bias(module, *args, **kwargs)
-    if site.blocks > 1: return site.out.register_forward_hook(gives, with_kwargs=True)
-    return site.out.register_forward_hook(reads)
-
-@torch.no_grad()
-def measure_bridges(
-    m:nn.Module, # The adapted model, before the units are closed
-    emptied:list, # Sites that are about to lose their last unit
-    close:dict, # As for `stand_in`
-    batches:list, # Triples: ids, mask or None, labels
-) -> list: # One `Bridge` for each site that has a stand-in
-    "Measure what stands in for each sublayer that is about to be empty."
-    pairs = [(site, stand_in(m, site, close)) for site in emptied]
-    bridges = [Bridge(*pair) for pair in pairs if pair[1] is not None]
-    if not bridges: return []
-    seen = {}
-    hooks = [_catch(s, seen) for b in bridges for s in (b.site, b.prev)]
-    try:
-        with measuring(m):
-            m._sync()
-            for ids, mask, _ in (batch_on(m, batch) for batch in batches):
-                m(ids, **forward_args(m, mask))
-                valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-                for bridge in bridges: _count_tokens(bridge, seen, valid, close)
-    finally:
-        for hook in hooks: hook.remove()
-    return bridges
-
-# %% ../nbs/03a_repair.ipynb #c0065
-def solve_bridge(
-    bridge:Bridge, # With the sums of a text
-    repair:str, # 'linear' or 'affine'
-    lam:float, # Ridge, of the stand-in's kind
-) -> tuple: # `B` `[o, k]`, `b` `[o]` or None
-    "What the stand-in writes in place of a sublayer: `h @ B.T + b`."
-    n, has_bias = bridge.n, repair == 'affine'
-    hh, zh = bridge.hh.double()/n, bridge.zh.double()/n
-    mean_h, mean_z = bridge.h.double()/n, bridge.z.double()/n
-    if has_bias:
-        hh = hh - torch.outer(mean_h, mean_h)
-        zh = zh - torch.outer(mean_z, mean_h)
-    own = bridge.prev.kind == 'channels'
-    _, L = enough_ridge(hh, lam, mean_h, own=own)
-    B = torch.cholesky_solve(zh.mT, L).mT                            # o k
-    return B, mean_z - B @ mean_h if has_bias else None
-
-# %% ../nbs/03a_repair.ipynb #c0069
-@torch.no_grad()
-def text_loss(m, batches):
-    "The loss summed over the examples of some batches."
-    total = 0.
-    with measuring(m):
-        for ids, mask, labels in (batch_on(m, batch) for batch in batches):
-            total = total + summed_loss(m(ids, **forward_args(m, mask)).logits, labels)
-    return total
-
-def full_width(
-    m:nn.Module, # The adapted model
-    site, # One of its layers
-    B:Float[Tensor, 'o k'], # Over the inputs that the layer has now
-) -> Tensor: # `[o, K]`, float32 on the CPU; zeros for what was removed
-    "A matrix over all inputs that a layer was built with."
-    plan, width = m.sentinel.plan.of_kind(site.kind), site.width
-    first = torch.tensor(plan.kept(site.layer)).repeat_interleave(width)*width
-    full = torch.zeros(len(B), plan.built[site.layer]*width)
-    full[:, first + torch.arange(width).repeat(site.n)] = B.float().cpu()
-    return full
-
-# %% ../nbs/03a_repair.ipynb #c0070
-@torch.no_grad()
-def put_bridge(
-    m:nn.Module, # The adapted model, with the sublayer closed
-    bridge:Bridge, # From `measure_bridges`
-    repair:str, # Of the stand-in's kind, one of `REPAIRS`
-    lam:float, # Its ridge
-    batches:list, # On which the loss has to fall
-):
-    "Let the stand-in write what was lost; kept only if the loss falls."
-    if repair == 'bias': return
-    site, prev, lin = bridge.site, bridge.prev, core_linear(bridge.prev.out)
-    B, b = solve_bridge(bridge, repair, lam)
-    before = text_loss(m, batches)
-    with transaction(m) as trial:
-        change_param(m, prev, 'weight', B if in_dim(lin) == 1 else B.mT, add=True)
-        if b is not None: change_param(m, prev, 'bias', b, add=True)
-        m.sentinel.repairs.bridges[site.kind, site.layer] = dict(
-            name=projection_name(m, lin), B=full_width(m, prev, B),
-            b=None if b is None else b.float().cpu())
-        if not text_loss(m, batches) < before: trial.rollback()
-
-# %% ../nbs/03a_repair.ipynb #c0073
-def take_bridges(
-    model:nn.Module, # An adapted model
-    kind:str, # 'heads' or 'channels'
-    shares:dict, # Layer to the share of its pruned units that are restored
-) -> dict: # Layer to `name`, `B` and `b`
-    "What is to be taken off of the bridges of these layers."
-    log, res = need_state(model, gates=False).repairs.bridges, {}
-    for l, share in shares.items():
-        bridge = log.pop((kind, l), None)
-        if bridge is None: continue
-        def part(x): return None if x is None else share*x
-        def rest(x): return None if x is None else (1 - share)*x
-        res[l] = dict(name=bridge['name'], B=part(bridge['B']), b=part(bridge['b']))
-        if share == 1: continue
-        log[kind, l] = dict(bridge, B=rest(bridge['B']), b=rest(bridge['b']))
-    return res
-
-# %% ../nbs/03a_repair.ipynb #c5a3f708
-@torch.no_grad()
-def lower_bridges(
-    model:nn.Module, # An adapted model
-    bridges, # What `take_bridges` gave: dicts of `name`, `B` and `b`
-    by:float, # How much of them to take off: 1 for all
-):
-    "Take off a part of what other sublayers write in place of these."
-    m = base_model(model)
-    for bridge in bridges:
-        name, B, b = bridge['name'], bridge['B'], bridge['b']
-        dim = in_dim(core_linear(m.get_submodule(name)))
-        move_param(m, f'{name}.weight', -by*(B if dim == 1 else B.mT))
-        if b is not None: move_param(m, f'{name}.bias', -by*b)

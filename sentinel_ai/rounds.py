@@ -15,8 +15,8 @@ from sentinel_ai.choose import (
     total_cost)
 from .gates import gate_values, set_gates
 from .measure import score
-from .repair import (
-    measure_bridges, put_bridge, repair_layer, text_loss)
+from .repair import repair_layer
+from .bridges import measure_bridges, put_bridge, text_loss
 from .request import PruneRequest
 from .state import transaction
 
