@@ -19,6 +19,7 @@ from .heads import base_model, core_linear, fresh_config, out_features
 from .gates import AdaptiveMixin, GateConfig, adapt, adaptive_class
 from .gates import is_merged, plain_class, save_plain
 from .merge import unmerged_state
+from .repair import settle_names
 from .state import RepairLog
 from .surgery import HeadPlan, full_param, replay, model_size
 from .wiring import unwire_attention, wire_attention
@@ -410,6 +411,7 @@ def _removed(m):
 def _repaired(m):
     "Weights before repair, and after it where training has changed them since."
     tensors = {}
+    settle_names(m)
     changed = m.sentinel.repairs.changed
     for name, (old, new) in changed.items():
         if old is not None: tensors[f'repair/{name}/old'] = old
