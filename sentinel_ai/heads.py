@@ -22,6 +22,7 @@ from .archs import (
     ARCHS, HEAD_COUNTS, KV_COUNTS, OUT_NAMES, disturbed, first_attr,
     inputs_of, probe, read_site, register_arch)
 from .resize import HEAD_UNITS, UNITS, check_keep, head_cost
+from .testing import random_config, random_model  # noqa: F401 (found here in 0.1.0)
 
 # %% ../nbs/00_heads.ipynb #2dd8bd00
 _all_ = [  # their home is a chapter before, and they are found here too

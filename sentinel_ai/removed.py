@@ -11,6 +11,7 @@ from torch import nn
 from .io import write_tensors
 from .state import RepairLog
 from .surgery import full_param
+from .repair import settle_names
 from .memory import HeadMemory
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE
 
@@ -30,6 +31,7 @@ def _removed(m):
 def _repaired(m):
     "Weights before repair, and after it where training has changed them since."
     tensors = {}
+    settle_names(m)
     changed = m.sentinel.repairs.changed
     for name, (old, new) in changed.items():
         if old is not None: tensors[f'repair/{name}/old'] = old

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, DEVICE, SEED, build, greedy, logits  # noqa: E402
 
-from sentinel_ai import compact, gate_values, prune, unadapt, unprune  # noqa: E402
+from sentinel_ai import adapt, compact, gate_values, prune, unadapt, unprune  # noqa: E402
 
 torch.set_num_threads(1)
 CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -176,3 +176,23 @@ def test_a_singular_covariance_raises_the_ridge(name):
     plain = logits(model, CALIB)
     plan = prune(model, .4, torch.full((2, 16), 7, device=DEVICE), progress=False)
     assert all(v > .01 for v in plan.info.get('ridge_raised', {}).values()) and logits(model, CALIB).abs().max() < 10*plain.abs().max()
+
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'opt'])
+def test_a_repair_under_an_adapter_outlives_it(name, tmp_path):
+    "Pruned under LoRA, which is then merged: what repair changed is found by its new name, saved, compacted and taken back."
+    peft = pytest.importorskip('peft')
+    plain, out = build(name), dict(llama='o_proj', gpt2='c_proj', opt='out_proj')[name]
+    ids = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    config = peft.LoraConfig(r=2, target_modules=[out], task_type='CAUSAL_LM', fan_in_fan_out=name == 'gpt2')
+    wrapped = peft.get_peft_model(adapt(build(name)), config)
+    prune(wrapped, .25, ids, progress=False)
+    model = wrapped.merge_and_unload()
+    prune(model, .5, ids, progress=False)                  # a second repair is logged with the first
+    assert not [k for k in model.sentinel.repairs.changed if 'base_layer' in k]
+    want = model(ids).logits
+    model.save_pretrained(tmp_path)
+    compact(model)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+    for _ in range(2): unprune(model)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
