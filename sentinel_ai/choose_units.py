@@ -316,6 +316,7 @@ def _all_closed(units, pool):
     if units.whole: closed = closed.gather(1, units.group)
     return units.exists & (closed | units.closed)
 
+# %% ../nbs/02b_choose_units.ipynb #a522699b
 def choose_units(
     kinds:list, # `Units` of each kind
     goal:float, # How much is to be closed altogether, in the costs' unit

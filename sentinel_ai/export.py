@@ -190,6 +190,7 @@ def _as_built(m, mlps, shape):
     found = _skeleton(m, shape)[1].channels
     return all(found.sites[k.layer].n == k.site.n for k in mlps)
 
+# %% ../nbs/07b_export.ipynb #904280f4
 def _on_grid(m, mlps, n, pad):
     "A number of channels that plain experts can run with: their kernel takes rows of 16 bytes."
     grid = 16//m.dtype.itemsize if any(k.site.blocks > 1 for k in mlps) else 1
@@ -260,6 +261,7 @@ def _rows(new, put, old, take):
     if getattr(new, 'bias', None) is None: return
     yield _Move(new.bias, 0, put, getattr(old, 'bias', None), take)
 
+# %% ../nbs/07b_export.ipynb #8f836b1b
 def _projections(k, to):
     "The moves of queries, keys and values."
     first_of_group = range(0, to.n_heads, to.group)
@@ -306,6 +308,18 @@ def _expert_moves(k, to):
         if name == 'down_proj': continue
         yield _Move(to.mlp.get_parameter(name), dim, put, k.site.mlp.get_parameter(name), take)
 
+def _entries(k, to):
+    "The moves of parameters with an entry for each channel."
+    slots = torch.tensor(k.slots, dtype=torch.long)
+    for name, dim in to.extras:
+        new = to.mlp.get_parameter(name)
+        old = k.site.mlp.get_parameter(name)
+        if new.shape[dim] != to.n: raise ValueError(
+            f'{name} of layer {k.layer} has {new.shape[dim]} entries for {to.n} '
+            'channels, which cannot be written; use save_pretrained instead')
+        yield _Move(new, dim, torch.arange(to.n), old, slots)
+
+# %% ../nbs/07b_export.ipynb #9da6f13d
 def _channel_moves(k, to):
     "The moves of an MLP's channels, without its down projection."
     if to.blocks > 1:
@@ -319,17 +333,6 @@ def _channel_moves(k, to):
         old = k.site.mlp.get_submodule(name)
         yield from _rows(new, put, old, take)
     if to.extras: yield from _entries(k, to)
-
-def _entries(k, to):
-    "The moves of parameters with an entry for each channel."
-    slots = torch.tensor(k.slots, dtype=torch.long)
-    for name, dim in to.extras:
-        new = to.mlp.get_parameter(name)
-        old = k.site.mlp.get_parameter(name)
-        if new.shape[dim] != to.n: raise ValueError(
-            f'{name} of layer {k.layer} has {new.shape[dim]} entries for {to.n} '
-            'channels, which cannot be written; use save_pretrained instead')
-        yield _Move(new, dim, torch.arange(to.n), old, slots)
 
 # %% ../nbs/07b_export.ipynb #c0032
 def _output(k, to):

@@ -19,7 +19,7 @@ from .choose import strongest
 from .surgery import apply_plan, check_ready, head_slices, widen_map
 from .verify import differing_layers, look_before
 from .fill import strength
-from .growth_channels import Filler
+from .growth_channels import Filler, owners_of
 from .fit_repairs import move_repairs, repaired_params
 
 # %% ../nbs/04c_growth_heads.ipynb #c0011
@@ -120,19 +120,10 @@ def fill(self:_Filler, now, big, local, new):
     return note
 
 # %% ../nbs/04c_growth_heads.ipynb #c0031
-def _owners(hm):
-    "`{id of a parameter: layers that read heads from it}`."
-    owner = {}
-    for s in hm:
-        for name in s.places(range(s.n_heads)):
-            p = param_at(s.attn, name)
-            owner.setdefault(id(p), set()).add(s.layer)
-    return owner
-
 def _can_grow(m, want):
     "Raise if a layer can't get further heads, before anything is changed."
     hm, plan = m.sentinel.built.heads, m.sentinel.plan
-    shared = [o for o in _owners(hm).values() if len(o) > 1]
+    shared = [o for o in owners_of(hm).values() if len(o) > 1]
     for l in want:
         hm[l].widen([])
         if core_linear(hm[l].out).weight.is_meta: raise RuntimeError(

@@ -9,7 +9,8 @@ __all__ = ['init_small', 'flops_per_token']
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from .heads import base_model, fresh_config, head_map
+from .heads import base_model, first_attr, fresh_config, head_map
+from .experts import SENT_TO
 from .site import own_parameters
 from .gates import adapt
 from .plan import HeadPlan
@@ -53,11 +54,6 @@ def init_small(
 # %% ../nbs/04c_small.ipynb #c0090
 _EXPERTS = ('num_experts', 'num_local_experts',
             'n_routed_experts', 'moe_num_experts')
-_SENT_TO = ('num_experts_per_tok', 'moe_topk', 'moe_k')
-
-def _first_number(config, names):
-    values = [getattr(config, name, None) for name in names]
-    return next((v for v in values if isinstance(v, int) and v), None)
 
 def _looked_up(m):
     "Ids of embeddings that don't make the logits."
@@ -69,7 +65,7 @@ def _looked_up(m):
 def _weights_met(m):
     "How many weights a token meets."
     cfg, looked_up, met = m.config.get_text_config(), _looked_up(m), 0
-    n, k = _first_number(cfg, _EXPERTS), _first_number(cfg, _SENT_TO)
+    n, k = first_attr(cfg, _EXPERTS), first_attr(cfg, SENT_TO)
     for p in own_parameters(m).values():
         if id(p) in looked_up: continue
         is_expert = p.ndim == 3 and n and k and p.shape[0] >= n
