@@ -17,7 +17,7 @@ from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, build, logits  # noqa: E402
+from test_matrix import ALL, IDS, build, logits, spread  # noqa: E402
 from test_surgery import attributes, close, state  # noqa: E402
 
 torch.set_num_threads(1)
@@ -98,8 +98,7 @@ def test_map_matches_the_arithmetic(name):
                 else: assert got == channels, f'{part} of {channels}'
 
 
-@pytest.mark.parametrize('how', ['some', 'none', 'first-layer-none'])
-@pytest.mark.parametrize('name', WITH)
+@pytest.mark.parametrize('name,how', spread(WITH, ['some', 'none', 'first-layer-none']))
 def test_pruned_equals_zeroed_columns_and_back(name, how):
     model = build(name)
     before, had, want = state(model), attributes(model), logits(model)

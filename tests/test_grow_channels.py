@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_channels import ZAMBA, ZAMBA2  # noqa: E402
-from test_matrix import ALL, IDS, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, build, greedy, logits, spread  # noqa: E402
 from test_regrow import emptied  # noqa: E402
 
 torch.set_num_threads(1)
@@ -56,8 +56,7 @@ def column_of(m, site, channels):
     return full_param(m, name).index_select(dim, torch.as_tensor(channels)).movedim(dim, 0)
 
 
-@pytest.mark.parametrize('init', ['split', 'zero'])
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name,init', spread(ALL, ['split', 'zero']))
 def test_every_architecture(name, init, tmp_path):
     model = build(name)
     sd, want, tokens, params = state(model), logits(model), greedy(model), dict(model.named_parameters())

@@ -18,7 +18,7 @@ from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach,
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, DEVICE, IDS, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, IDS, SEED, build, greedy, logits, spread  # noqa: E402
 
 torch.set_num_threads(1)
 # A norm over the width of all heads (q and k in OLMo 2 and OLMoE, the output in BitNet), two softmax maps for one head (DiffLlama)
@@ -67,8 +67,7 @@ def everything_works(m, path):
     assert sd.keys() == m.state_dict().keys() and torch.equal(logits(m), want) and torch.equal(greedy(m), tokens)
 
 
-@pytest.mark.parametrize('init', ['split', 'zero'])
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name,init', spread(ALL, ['split', 'zero']))
 def test_heads(name, init, tmp_path):
     model = build(name)
     sd, want, tokens, params = state(model), logits(model), greedy(model), dict(model.named_parameters())

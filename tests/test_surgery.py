@@ -19,7 +19,7 @@ from sentinel_ai.surgery import HeadPlan, compact, expand, replay
 from sentinel_ai.testing import cache_of, random_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits, spread  # noqa: E402
 
 torch.set_num_threads(1)
 # Where a norm or a mask is made of all heads, rows of queries, keys and values stay: exact, but only columns of the output projection leave
@@ -77,9 +77,8 @@ def attributes(m):
                 sorted(x._modules), id(getattr(x, 'config', None)), 'forward' in vars(x)) for n, x in m.named_modules()}
 
 
-@pytest.mark.parametrize('seed,empty', [(0, None), (1, 0), (2, -1)], ids=['uneven', 'first-layer-empty', 'last-layer-empty'])
-@pytest.mark.parametrize('name', ALL)
-def test_compact_equals_masked_and_back(name, seed, empty):
+@pytest.mark.parametrize('name,how,seed,empty', spread(ALL, [('uneven', 0, None), ('first-layer-empty', 1, 0), ('last-layer-empty', 2, -1)]))
+def test_compact_equals_masked_and_back(name, how, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)

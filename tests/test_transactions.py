@@ -403,7 +403,7 @@ def test_the_end_of_a_load(tmp_path, monkeypatch):
         mp.setattr(checkpoint, '_load_run', lambda *args: (begun.append(lines.count), real(*args)))
         load_all(done)
     before, found, count = scene.picture(), [], lines.count - begun[0]
-    for n in sorted({*places(8*FAULTS, count, gen), *range(count - 40, count + 1)}):
+    for n in sorted({*places(4*FAULTS, count, gen), *range(count - 20, count + 1)}):
         fault = fail_at_line(begun[0] + n, gen.choice(KINDS))
         came = attempt(lambda: load_all(scene), fault)
         bad = wrong(scene, before)

@@ -20,7 +20,7 @@ from sentinel_ai.surgery import reattach, replay
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits, spread  # noqa: E402
 from test_surgery import attributes, close, n_params, padded, same_state, state, uneven  # noqa: E402
 
 torch.set_num_threads(1)
@@ -74,9 +74,8 @@ def test_where_no_channels_can_be_read_heads_go_on_working(name):
     assert compact(model).removed == 1
 
 
-@pytest.mark.parametrize('seed,empty', [(0, None), (1, 0)], ids=['uneven', 'first-layer-empty'])
-@pytest.mark.parametrize('name', WITH)
-def test_compact_equals_masked_and_back(name, seed, empty):
+@pytest.mark.parametrize('name,how,seed,empty', spread(WITH, [('uneven', 0, None), ('first-layer-empty', 1, 0)]))
+def test_compact_equals_masked_and_back(name, how, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)
