@@ -85,7 +85,7 @@ def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
     "Attention whose query heads read KV heads by the wiring."
     wiring = module.sentinel_wiring
     impl = module.config.base._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(impl, wiring.eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get(impl, wiring.eager)
     if _can_split(impl, attention_mask, kwargs):
         out = _by_runs(wiring, attend, query, key, value, attention_mask, kwargs)
         return out, None
