@@ -18,7 +18,8 @@ from sentinel_ai.heads import (
     head_map, in_dim)
 from .measure import enough_ridge
 from .state import RepairLog, need_state, state_of, transaction, will_write
-from .surgery import full_param, original_heads, put_full
+from .surgery import original_heads
+from .stash import full_param, put_full
 
 # %% ../nbs/03a_repair.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')

@@ -20,7 +20,7 @@ from .gates import plain_class, set_gates
 from .plan import HeadPlan
 from .state import built_sites, is_compact, state_of
 from .state import transaction, will_write
-from .surgery import apply_plan
+from .shaping import apply_plan
 from .config import HEADS_FILE, extra_biases
 from .removed import recall_removed
 from .unet import add_skips, remove_skips
