@@ -12,8 +12,9 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM
 from .io import settle
 from .heads import core_linear, out_features
-from .gates import (
-    GateConfig, adapt, adaptive_class)
+from .gates import adapt
+from .adaptive import adaptive_class
+from .sentinel import GateConfig
 from .surgery import HeadPlan
 from .site import model_size
 from .room import replay

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from .channels import channel_map
-from .gates import check_edit, plain_class
+from .gates import check_edit
+from .adaptive import plain_class
 from sentinel_ai.heads import (
     base_model, check_weights, core_linear, core_name, fresh_config,
     head_map, in_dim)

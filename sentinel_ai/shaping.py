@@ -10,8 +10,9 @@ __all__ = ['shape_layer', 'shape_mlp', 'kinds_of', 'heads_by_layer', 'all_back',
 import copy, torch
 from dataclasses import replace
 from torch import Tensor, nn
-from .gates import (
-    Sentinel, check_edit, detach_hook, gate_values, look, need_adapted)
+from .gates import check_edit, gate_values, need_adapted
+from .hooks import detach_hook, look
+from .sentinel import Sentinel
 from .heads import AttnSite, UnsupportedArchitecture, core_linear, param_at
 from .plan import HeadPlan
 from .site import model_size
