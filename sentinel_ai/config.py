@@ -13,7 +13,9 @@ from torch import nn
 from fastcore.basics import patch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .heads import base_model, core_linear, fresh_config
-from .gates import GateConfig, is_merged, plain_class
+from .gates import is_merged
+from .adaptive import plain_class
+from .sentinel import GateConfig
 from .surgery import HeadPlan
 
 # %% ../nbs/07a_config.ipynb #c0005

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch, patch_to
 from .ann import FEATURES, MEMORY, ANNController, Context, shift_to
-from .gates import open_prob
+from .sentinel import open_prob
 from .io import staged, write_tensors, write_text
 from .measure import HeadStats
 from .plan import HeadPlan

@@ -14,8 +14,10 @@ from fastcore.basics import patch
 from transformers import TrainerCallback
 from .io import write_text
 from .heads import UNITS
-from .gates import GateConfig, adapt, base_model, gate_values
-from .gates import is_adaptive, need_adapted, settings_table
+from .gates import adapt, base_model, gate_values
+from .sentinel import GateConfig
+from .gates import is_adaptive, need_adapted
+from .sentinel import settings_table
 from .budget import gate_penalty, harden_gates
 from .run_state import sync_optimizer
 

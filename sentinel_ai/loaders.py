@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import nn
 from .io import settle
 from .heads import UnsupportedArchitecture, base_model, check_decoder
-from .gates import GateConfig, adapt
+from .gates import adapt
+from .sentinel import GateConfig
 
 # %% ../nbs/07_loaders.ipynb #c0006
 _HERE = Path(__file__ if '__file__' in globals() else 'x').resolve().parent

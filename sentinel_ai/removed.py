@@ -10,7 +10,7 @@ import json, torch
 from torch import nn
 from .io import write_tensors
 from .state import RepairLog
-from .surgery import full_param
+from .stash import full_param
 from .repair import settle_names
 from .memory import HeadMemory
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE

@@ -12,7 +12,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from transformers import PreTrainedModel
 from .io import staged, write_text
-from .gates import AdaptiveMixin, is_merged, plain_class, save_plain
+from .gates import is_merged
+from .adaptive import AdaptiveMixin, plain_class, save_plain
 from .merge import unmerged_state
 from .config import (
     CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,

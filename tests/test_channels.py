@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from sentinel_ai import UnsupportedArchitecture
-from sentinel_ai.channels import MLPS, channel_map, probe_channels, register_mlp, sites
+from sentinel_ai.channels import channel_map, probe_channels, sites
+from sentinel_ai.mlp_archs import MLPS, register_mlp
 from sentinel_ai.experts import probe_experts
 from sentinel_ai.heads import head_map
 from sentinel_ai.testing import random_model

@@ -15,7 +15,9 @@ from sentinel_ai.checkpoint import restore, save_checkpoint
 from sentinel_ai.growth import grow, ungrow
 from sentinel_ai.growth_channels import channel_strength
 from sentinel_ai.memory import HeadMemory
-from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
+from sentinel_ai.surgery import HeadPlan, compact, expand, reattach
+from sentinel_ai.room import replay
+from sentinel_ai.stash import full_param
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))

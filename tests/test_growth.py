@@ -14,7 +14,9 @@ from sentinel_ai import UnsupportedArchitecture, adapt, gate_values, head_map, m
 from sentinel_ai.growth import flops_per_token, grow, init_small, strength, ungrow
 from sentinel_ai.heads import head_cost
 from sentinel_ai.testing import random_config, random_model
-from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
+from sentinel_ai.surgery import HeadPlan, compact, expand, reattach
+from sentinel_ai.room import replay
+from sentinel_ai.stash import full_param
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))

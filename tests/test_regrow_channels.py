@@ -14,7 +14,7 @@ from sentinel_ai.memory import UnitMemory, read_channels
 from sentinel_ai.plan import HeadPlan
 from sentinel_ai.regrow import Regrowth, observe, out_names
 from sentinel_ai.regrow_channels import CHANNEL_INITS, CHANNEL_STRATEGIES
-from sentinel_ai.surgery import full_param
+from sentinel_ai.stash import full_param
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, build, greedy, logits, spread  # noqa: E402

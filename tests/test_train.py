@@ -23,7 +23,7 @@ from sentinel_ai import checkpoint as ck, controller, io
 from sentinel_ai.agency import Agency
 from sentinel_ai.checkpoint import (check_checkpoint, latest_checkpoint, load_checkpoint, optimizer_state, restore, save_checkpoint,
                                     sync_optimizer)
-from sentinel_ai.gates import GateConfig
+from sentinel_ai.sentinel import GateConfig
 from sentinel_ai.memory import HeadMemory
 from sentinel_ai.regrow import regrow
 from sentinel_ai.surgery import head_slices, local_head

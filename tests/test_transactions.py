@@ -23,7 +23,8 @@ from sentinel_ai.controller import ANNController, ElasticBudget, Policy, Reinfor
 from sentinel_ai.cycle import Plasticity  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
 from sentinel_ai.state import _LOCAL, built_sites  # noqa: E402
-from sentinel_ai.surgery import reattach, replay  # noqa: E402
+from sentinel_ai.room import replay  # noqa: E402
+from sentinel_ai.surgery import reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 
 FAULTS = int(os.environ.get('FAULTS', 1))

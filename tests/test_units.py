@@ -14,9 +14,11 @@ import torch
 from sentinel_ai import (GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, prune, set_gates, unadapt,
                          unmerge_gates, unprune)
 from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
-from sentinel_ai.channels import MLPS, register_mlp, sites
+from sentinel_ai.channels import sites
+from sentinel_ai.mlp_archs import MLPS, register_mlp
 from sentinel_ai.plan import HeadPlan
-from sentinel_ai.surgery import reattach, replay
+from sentinel_ai.surgery import reattach
+from sentinel_ai.room import replay
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
