@@ -11,8 +11,9 @@ import contextlib, ctypes, errno, json, os, shutil, torch
 import numpy as np
 from pathlib import Path
 from torch import Tensor
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from .foreign import SEAL, damaged, open_tensors, read_json, seal_file
 
 # %% ../nbs/00d_io.ipynb #c0006
 def sync(
@@ -70,7 +71,8 @@ def whole(
     finally: _remove(tmp)
 
 def _remove(path):
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+    is_folder = path.is_dir() and not path.is_symlink()
+    if is_folder: shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
 # %% ../nbs/00d_io.ipynb #c0012
@@ -86,9 +88,11 @@ def write_tensors(
     tensors:dict, # Names to tensors
     **metadata, # Strings for the file's header
 ):
-    "The same for tensors."
+    "The same for tensors, with a seal by which readers find a flipped bit."
     whole_tensors = {k: t.contiguous() for k, t in tensors.items()}
-    with whole(path) as tmp: save_file(whole_tensors, tmp, metadata=dict(format='pt', **metadata))
+    with whole(path) as tmp:
+        save_file(whole_tensors, tmp, metadata=dict(format='pt', **SEAL, **metadata))
+        seal_file(tmp)
 
 # %% ../nbs/00d_io.ipynb #c0015
 def exchange(
@@ -116,18 +120,30 @@ def settle(
 ):
     "Finish or take back an exchange of folders that was interrupted."
     path = Path(os.path.realpath(path))
-    if (path/_READY).is_dir(): _pour(path)
+    ready = path/_READY
+    if ready.is_dir() and not ready.is_symlink(): _pour(path)
     old = _beside(path, 'old')
     if not old.exists(): return
     if path.exists(): shutil.rmtree(old, ignore_errors=True)
     else: os.rename(old, path)
 
 # %% ../nbs/00d_io.ipynb #c0038
+def _is_name(x): return isinstance(x, str) and x not in ('', '..') and Path(x).name == x
+
+def _names_in(listed):
+    "Names of a list in a file, each of something in a folder. None, if there is no file."
+    if not listed.is_file() or listed.is_symlink(): return []
+    names = read_json(listed)
+    with damaged(listed):
+        odd = [n for n in names if not _is_name(n)]
+        if odd: raise ValueError(f'{odd[0]!r} is no name in this folder')
+    return names
+
 def _pour(path):
     "Bring the files that lie ready inside `path` to their places. Can be cut off and called again."
     ready = path/_READY
     listed = ready/_GONE                                       # is removed last
-    gone = json.loads(listed.read_text()) if listed.exists() else ()
+    gone = _names_in(listed)
     def json_last(name): return name.endswith('.json'), name == 'config.json', name
     names = (p.name for p in ready.iterdir() if p.name != _GONE)
     new = sorted(names, key=json_last)
@@ -296,13 +312,20 @@ def _dict_tree(state, sub):
     return {'$dict': [[sub(f'{i}.key', k), sub(i, v)] for i, (k, v) in pairs]}
 
 # %% ../nbs/00d_io.ipynb #c0029
+def _array(dtype, values):
+    "An array of numbers. Raises `ValueError` for types that say more than how a number is kept."
+    kinds = np.sctypeDict.get(dtype) if isinstance(dtype, str) else None
+    is_number = kinds is not None and issubclass(kinds, (np.number, np.bool_))
+    if not is_number: raise ValueError(f'{str(dtype)[:40]!r} is no type of numbers')
+    return np.array(values, dtype=kinds)
+
 def join_state(tree, tensors:dict):
     "The state that `split_state` split."
     sub = lambda v: join_state(v, tensors)
     if isinstance(tree, list): return [sub(v) for v in tree]
     if not isinstance(tree, dict): return tree
     if '$tensor' in tree: return tensors[tree['$tensor']]
-    if '$array' in tree: return np.array(tree['$array'][1], dtype=tree['$array'][0])
+    if '$array' in tree: return _array(*tree['$array'])
     if '$tuple' in tree: return tuple(sub(v) for v in tree['$tuple'])
     if '$dict' in tree: return {sub(k): sub(v) for k, v in tree['$dict']}
     return {k: sub(v) for k, v in tree.items()}
@@ -321,10 +344,15 @@ def write_state(
 
 def read_state(
     folder, # That `write_state` wrote to
+    verify:bool=True, # Compare the tensors with the seal of their file
 ) -> dict:
     "The state that `write_state` wrote."
     folder = Path(folder)
-    with safe_open(folder/f'{STATE}.safetensors', 'pt') as f:
+    with open_tensors(folder/f'{STATE}.safetensors', verify) as f:
         tensors = {key: f.get_tensor(key).clone() for key in f.keys()}
-    tree = json.loads((folder/f'{STATE}.json').read_text())
-    return join_state(tree, tensors)
+    file = folder/f'{STATE}.json'
+    tree = read_json(file)
+    with damaged(file):
+        state = join_state(tree, tensors)
+        if not isinstance(state, dict): raise ValueError('it holds no state')
+    return state
