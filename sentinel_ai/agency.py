@@ -10,7 +10,7 @@ import operator, os, torch
 from dataclasses import asdict
 from torch import nn
 from fastcore.basics import patch
-from .plan import existing
+from .unit_plan import existing
 from .state import will_write
 from .surgery import HeadPlan
 from .states import (
