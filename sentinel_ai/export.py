@@ -18,9 +18,11 @@ from sentinel_ai.heads import (
 from .adaptive import plain_class
 from .repair import BIAS_FLAGS
 from .layout import (
-    Exported, Kept, KeptChannels, channel_rows, check_free, check_same, down_weight,
-    even_layout, exported, kept_channels, kept_heads, layout_cost, layout_slots,
-    out_weight, own_tensors, probe_logits, slot_rows, take_rows)
+    Kept, KeptChannels, channel_rows, down_weight, even_layout,
+    exported, kept_channels, kept_heads, layout_cost, layout_slots,
+    out_weight, slot_rows, take_rows)
+from .exported import (
+    Exported, check_free, check_same, own_tensors, probe_logits)
 from .gguf_export import export_gguf, gguf_logits, pre_tokenizer
 
 # %% ../nbs/07b_export.ipynb #c0027

@@ -11,9 +11,9 @@ from torch import nn
 from .io import whole
 from .heads import base_model
 from .loaders import load_tokenizer
-from .layout import (
-    Exported, check_free, check_same, exported,
-    probe_logits, relative_distance)
+from .layout import exported
+from .exported import (
+    Exported, check_free, check_same, probe_logits, relative_distance)
 from .gguf_tensors import (
     check_computation, check_tensors,
     gguf_tensors, laid_out, deci_meta)

@@ -11,9 +11,9 @@ from torch import nn
 from .heads import UnsupportedArchitecture, core_linear
 from .adaptive import plain_class
 from .layout import (
-    channel_rows, down_weight, even_layout,
-    kept_channels, kept_heads, out_weight,
-    own_tensors, slot_rows, take_rows)
+    channel_rows, down_weight, even_layout, kept_channels, kept_heads,
+    out_weight, slot_rows, take_rows)
+from .exported import own_tensors
 
 # %% ../nbs/07c_gguf_tensors.ipynb #c0049
 _NAMES = {

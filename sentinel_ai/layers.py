@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['grow_layers']
 
-# %% ../nbs/04d_layers.ipynb #c0003
+# %% ../nbs/04d_layers.ipynb #9e51086b
 import copy, re, torch
 from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedConfig
-from .heads import (UnsupportedArchitecture, core_linear, fresh_config, in_dim,
+from .heads import (UnsupportedArchitecture, core_linear, in_dim,
                                in_features, layer_stacks, out_features)
 from .plan import grown_channels, grown_heads
 from .state import built_heads, is_compact, transaction
 from .gates import adapt, is_adaptive
-from .adaptive import plain_class
+from .deeper import deeper_config
 from .site import model_size
 from .shaping import heads_by_layer
 from .verify import observe_layers
@@ -66,106 +66,6 @@ def _ends(layer, sites, width):
     outs = [s.attn.get_submodule(s.out_name) for s in sites]
     res = [p for x in outs for p in _own(core_linear(x))]
     return res + _mlp_ends(layer, [s.attn for s in sites], width)
-
-# %% ../nbs/04d_layers.ipynb #c0017
-_DEEP = ('num_hidden_layers', 'n_layer', 'n_layers',
-         'num_layers', 'decoder_layers', 'num_decoder_layers')
-_FIRST = ('first_k_dense_replace', 'num_dense_layers')  # so many are of another kind
-_SOME = 'indices|idxs|only_layers'                      # lists of layers
-_EACH = 'layer|block|pattern|window|rope'               # an entry for each layer
-
-def _respell(key, value, order, n):
-    "A config's value for the layers in `order` of a model that had `n`."
-    is_list = isinstance(value, (list, tuple))
-    if is_list and re.search(_SOME, key):
-        return type(value)(i for i, l in enumerate(order) if l in value)
-    has_entries = (is_list or isinstance(value, str)) and len(value) == n
-    if has_entries and re.search(_EACH, key):
-        entries = [value[l] for l in order]
-        if isinstance(value, str): return ''.join(entries)
-        return type(value)(entries)
-    if key in _FIRST and isinstance(value, int):
-        return sum(l < value for l in order)
-    return value
-
-# %% ../nbs/04d_layers.ipynb #c0020
-def _with_layers(config, order, n, counts):
-    "A copy of a config for the layers in `order`; `counts`: names of the number."
-    cfg = fresh_config(config)
-    for key, value in vars(config).items():
-        if key.startswith('_'): continue
-        new = _respell(key, value, order, n)
-        if new is not value: setattr(cfg, key, new)
-    if getattr(cfg, 'attention_types', None):           # GPT-Neo
-        cfg.attention_types = [[list(cfg.attention_layers), 1]]
-    for key in counts: setattr(cfg, key, len(order))
-    return cfg
-
-def _deeper(config, order, n):
-    "Configs that may be the one of a model with the layers in `order`."
-    names = [k for k in _DEEP if getattr(config, k, None) == n]
-    for counts in [[k] for k in names] + [names]:
-        try: yield _with_layers(config, order, n, counts)
-        except (AttributeError, ValueError, TypeError): continue
-
-# %% ../nbs/04d_layers.ipynb #c0023
-def _empty(cls, config):
-    with torch.device('meta'): return cls(fresh_config(config))
-
-def _settings(module):
-    "Plain values that a module keeps."
-    plain = (int, float, bool, str, type(None))
-    items = vars(module).items()
-    return {k: v for k, v in items if type(v) in plain and k[0] != '_'}
-
-def _may_differ(key):
-    return re.search('idx|layer|index', key) and 'type' not in key
-
-def _shapes(layer):
-    return {k: v.shape for k, v in layer.state_dict().items()}
-
-def _before(name, key, order):
-    "The name that a module of the deeper model had before."
-    if not name.startswith(key + '.'): return name
-    i, dot, rest = name[len(key)+1:].partition('.')
-    return f'{key}.{order[int(i)]}{dot}{rest}'
-
-# %% ../nbs/04d_layers.ipynb #c0026
-def _compare(old, new, key, order):
-    "Settings that change, `{module: {setting: (old, new)}}`, and what must not."
-    layers, was = new.get_submodule(key), old.get_submodule(key)
-    bad = [f'layer {i}' for i, l in enumerate(order)
-           if _shapes(layers[i]) != _shapes(was[l])]
-    changes = {}
-    if bad: return changes, bad
-    for name, module in new.named_modules():
-        before = _settings(old.get_submodule(_before(name, key, order)))
-        diff = {k: (before.get(k), v)
-                for k, v in _settings(module).items()
-                if before.get(k) != v}
-        bad = [f'{name}.{k}' for k in diff if not _may_differ(k)]
-        if bad: break
-        if diff: changes[name] = diff
-    return changes, bad
-
-# %% ../nbs/04d_layers.ipynb #c0027
-def _twins(m, key, order):
-    "The deeper model's config, checked, and the settings that change."
-    n, cls = len(m.get_submodule(key)), plain_class(m)
-    why = 'its config does not say how many layers there are'
-    old = _empty(cls, m.config)
-    for cfg in _deeper(m.config, order, n):
-        try: new = _empty(cls, cfg)
-        except Exception as e:
-            why = f'{type(e).__name__}: {e}'
-            continue
-        if len(new.get_submodule(key)) != len(order): continue
-        changes, bad = _compare(old, new, key, order)
-        if not bad: return cfg, changes
-        why = f'a model of the deeper config differs in {bad[:3]}'
-    raise UnsupportedArchitecture(
-        f'{cls.__name__} cannot get further layers: {why}. '
-        'The model is as it was before.')
 
 # %% ../nbs/04d_layers.ipynb #c0031
 def _configs(layer):
@@ -360,7 +260,7 @@ def grow_layers(
     key, order = _after(m, hm, layers)
     old = list(m.get_submodule(key))
     fresh = [i for i, l in enumerate(order) if i and order[i-1] == l]
-    cfg, changes = _twins(m, key, order)
+    cfg, changes = deeper_config(m, key, order)
     copies = _silent_copies(hm, old, order, fresh)
     names = {id(p): k for k, p in m.named_parameters()}
     want = _look(m)

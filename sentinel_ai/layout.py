@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['layout_slots', 'layout_cost', 'even_layout', 'Kept', 'check_plain', 'kept_heads', 'KeptChannels', 'kept_channels',
-           'slot_rows', 'take_rows', 'out_weight', 'channel_rows', 'down_weight', 'own_tensors', 'probe_logits',
-           'relative_distance', 'check_same', 'check_free', 'Exported', 'exported']
+           'slot_rows', 'take_rows', 'out_weight', 'channel_rows', 'down_weight', 'exported', 'Exported', 'check_free',
+           'check_same', 'own_tensors', 'probe_logits', 'relative_distance']
 
-# %% ../nbs/07b_layout.ipynb #c0002
-import os, torch
-from dataclasses import dataclass, field
+# %% ../nbs/07b_layout.ipynb #ada02131
+import torch
+from dataclasses import dataclass
 from pathlib import Path
 from torch import nn, Tensor
-from fastcore.basics import patch
 from .channels import sites
 from .mlp import MlpSite
-from .heads import AttnSite, UnsupportedArchitecture, base_model, head_map
-from .site import owner_of
+from .heads import AttnSite, base_model, head_map
+from sentinel_ai.exported import (
+    Exported, check_free, check_same, own_tensors, probe_logits,
+    relative_distance)
 from .state import is_compact, state_of
+
+# %% ../nbs/07b_layout.ipynb #312f63b0
+_all_ = [  # their home is the chapter before, and they are found here too
+    'Exported', 'check_free', 'check_same', 'own_tensors', 'probe_logits',
+    'relative_distance']
 
 # %% ../nbs/07b_layout.ipynb #c0104
 def layout_slots(
@@ -231,138 +237,6 @@ def down_weight(
     gates = torch.zeros(len(slots))
     gates[slots >= 0] = k.gates
     return _columns(k.site, slots, gates)
-
-# %% ../nbs/07b_layout.ipynb #c0020
-def own_tensors(
-    m:nn.Module, # A decoder
-) -> dict: # Name to tensor, detached
-    "The model's own tensors, without gates."
-    added = 'gates', 'budget'
-    tensors = m.state_dict().items()
-    return {name: t.detach() for name, t in tensors if owner_of(name) not in added}
-
-@torch.no_grad()
-def probe_logits(
-    m:nn.Module, # A decoder
-    n:int=16, # How many tokens
-) -> tuple: # The tokens and their logits, float32 on the CPU
-    "Logits of a fixed row of tokens, in eval mode."
-    emb = m.get_input_embeddings()
-    ids = (torch.arange(n)*7919 + 11) % emb.num_embeddings
-    modes = [(module, module.training) for module in m.modules()]
-    try: out = m.eval()(ids[None].to(emb.weight.device), use_cache=False)
-    finally:
-        for module, mode in modes: module.training = mode
-    return ids, out.logits[0].float().cpu()
-
-# %% ../nbs/07b_layout.ipynb #c0123
-def relative_distance(
-    got:Tensor, # Logits
-    want:Tensor, # Those to compare with
-) -> float: # 0 for equal ones
-    "Distance of two tables of logits, relative to their spread."
-    spread = want - want.mean(-1, keepdim=True)
-    return ((got - want).norm() / spread.norm()).item()
-
-def check_same(
-    got:Tensor, # Logits of what would be written
-    want:Tensor, # Logits of the model
-    dtype:torch.dtype, # The model's, which says what is rounding
-    what:str, # What gave them, for the message
-) -> float: # The relative distance
-    "Raise `UnsupportedArchitecture` where logits differ by more than rounding."
-    error = relative_distance(got, want)
-    most = 1e-3 if dtype == torch.float32 else .1
-    if not error <= most: raise UnsupportedArchitecture(
-        f'{what} gives other logits than the model (relative distance {error:.1e}, '
-        f'at most {most:g} is rounding), so nothing was written')
-    return error
-
-# %% ../nbs/07b_layout.ipynb #c0021
-def check_free(
-    path:str|os.PathLike, # Where something is to be written
-    folder:bool, # A folder, or a file?
-) -> Path: # Its parent exists
-    "Refuse what can't be written to, before any work is done."
-    path = Path(path)
-    kinds = ('file', 'folder')
-    if folder and path.is_dir() and any(path.iterdir()): raise FileExistsError(
-        f'{path} is a folder that is not empty; give a new one or remove it first')
-    if path.exists() and path.is_dir() != folder: raise FileExistsError(
-        f'{path} is a {kinds[path.is_dir()]}; give the path of a {kinds[folder]}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-# %% ../nbs/07b_layout.ipynb #c0023
-@dataclass
-class Exported:
-    "What was written, and what its layout cost."
-    path: Path        # The folder or file
-    dtype: str        # Type of the weights
-    layers: list      # Query and key/value heads kept, then both as written
-    file_bytes: int   # Size on disk
-    added_bytes: int  # Of it, copied key/value heads, heads and channels of zeros
-    cache: int        # Numbers to be cached for each token, as written
-    cache_needed: int # The same without copies and zeros
-    error: float      # Relative distance of the logits when read back
-    channels: dict = field(default_factory=dict) # Layer: channels kept, written
-    numbers: list|None = None # Which layers `layers` are; None for all in order
-
-# %% ../nbs/07b_layout.ipynb #c0128
-def _counts(heads, channels, any_channels):
-    "What a row of the table says of a layer."
-    row = ('–', '–')
-    if heads is not None:
-        q, kv, slots, kv_slots = heads
-        row = (f'{q} on {kv}', f'{slots} on {kv_slots}')
-    if not any_channels: return row
-    return *row, *map(str, channels or ('–', '–'))
-
-@patch
-def rows(self:Exported) -> list: # (layers, kept, written), then channels if any
-    "The table, alike neighbours merged."
-    numbers = range(len(self.layers)) if self.numbers is None else self.numbers
-    heads = dict(zip(numbers, self.layers))
-    merged = []
-    for layer in sorted({*heads, *self.channels}):
-        row = _counts(heads.get(layer), self.channels.get(layer), self.channels)
-        if merged and merged[-1][-1] == row: merged[-1][1] = layer
-        else: merged.append([layer, layer, row])
-    def span(first, last): return str(first) if first == last else f'{first}–{last}'
-    return [(span(first, last), *row) for first, last, row in merged]
-
-# %% ../nbs/07b_layout.ipynb #c0145
-@patch
-def summary(self:Exported) -> str:
-    "What it cost, in one sentence."
-    added = f'{self.added_bytes:,}' if self.added_bytes else 'none'
-    more = self.cache > self.cache_needed
-    needed = f' where {self.cache_needed:,} are needed' if more else ''
-    return (f'{self.path.name}: {self.file_bytes:,} bytes in {self.dtype}, '
-            f'{added} of them for copies and zeros; '
-            f'{self.cache:,} numbers cached for a token{needed}; '
-            f'logits off by {self.error:.1e} when read back.')
-
-# %% ../nbs/07b_layout.ipynb #c0130
-@patch
-def header(self:Exported) -> tuple:
-    "What the columns of the table are."
-    heads = ('layers', 'heads kept', 'heads written')
-    return (*heads, 'channels kept', 'channels written') if self.channels else heads
-
-@patch
-def __repr__(self:Exported):
-    rows = [self.header(), *self.rows()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    def line(row): return '  '.join(map(str.ljust, row, widths)).rstrip()
-    return '\n'.join(map(line, rows)) + '\n' + self.summary()
-
-@patch
-def _repr_markdown_(self:Exported):
-    header = self.header()
-    rows = [header, ('---',)*len(header), *self.rows()]
-    lines = [f'| {" | ".join(row)} |' for row in rows]
-    return '\n'.join(lines) + f'\n\n{self.summary()}'
 
 # %% ../nbs/07b_layout.ipynb #c0024
 def exported(

@@ -5,146 +5,22 @@
 # %% auto #0
 __all__ = ['report', 'Dashboard']
 
-# %% ../nbs/11b_report.ipynb #c0101
-import html, io, json, math, os
-import matplotlib, matplotlib.pyplot as plt, torch
+# %% ../nbs/11b_report.ipynb #ba160d38
+import html, io, json, os
+import matplotlib, matplotlib.pyplot as plt
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from fastcore.basics import patch
 from matplotlib.collections import QuadMesh
 from pathlib import Path
-from torch import Tensor
 from transformers import TrainerCallback
 from .io import write_text
 from .gates import gate_values, is_adaptive
 from .measure import HeadStats, measure
-from .train import AdaptiveCallback, Plasticity, TrainResult
-from .viz import STATS, open_channels, open_gates
+from .runs import run_of
+from .viz import STATS
 from .viz import plot_channels, plot_controller
 from .viz import plot_evolution, plot_gates, plot_loss
 from .viz import plot_open, plot_rows, plot_stats, plot_units
-
-# %% ../nbs/11b_report.ipynb #c0104
-@dataclass
-class _Run:
-    "What there is to show of a run; anything may be missing."
-    title: str = 'A run'
-    ends: list = field(default_factory=list)   # One dict a phase
-    log: list = field(default_factory=list)    # The Trainer's
-    steps: list = field(default_factory=list)  # Of `gates`
-    gates: Tensor|None = None                  # `[s l h]`
-    channels: Tensor|None = None               # `[l c]`, at the end
-    events: list = field(default_factory=list) # Of the plasticity cycle
-    stages: dict = field(default_factory=dict) # For `plot_evolution`
-    settings: dict = field(default_factory=dict)  # Of dicts
-    closed: float|None = None  # Step at which units were closed
-    what: str = 'heads closed' # What happened then
-    budget: float|None = None  # Share to close, where events don't say
-    command: str = ''          # As it was typed
-
-# %% ../nbs/11b_report.ipynb #c0106
-def _floats(rows):
-    "A table of JSON as numbers"
-    return [[math.nan if v is None else v for v in row] for row in rows]
-
-def _bars(rows):
-    "A table of channels from pairs (open, built), one a layer"
-    is_open, built = torch.tensor(rows).T.unsqueeze(-1)
-    number = torch.arange(max(int(built.max()), 1))
-    there, first = number < built, number < is_open
-    return torch.where(there, first.float(), math.nan)
-
-# %% ../nbs/11b_report.ipynb #c0111
-def _closing(gates, last):
-    "When units were closed, and which"
-    if gates.get('params') is not None: return 0, 'heads and channels pruned'
-    if not gates.get('sparsity'): return None, ''
-    if gates['criterion'] == 'random': return 0, 'heads closed'
-    return max(1, round(gates['learn']*last)), 'heads closed'
-
-# %% ../nbs/11b_report.ipynb #c0113
-def _read(folder):
-    "Settings and rows of a run folder"
-    needed = ('run.json', 'metrics.jsonl')
-    missing = [name for name in needed if not (folder/name).is_file()]
-    if missing: raise FileNotFoundError(
-        f'{folder} has no {" and no ".join(missing)}; give a run folder of '
-        'sentinel-train, what train_gates returned, or an AdaptiveCallback')
-    settings = json.loads((folder/'run.json').read_text())
-    lines = (folder/'metrics.jsonl').read_text().splitlines()
-    return settings, [json.loads(line) for line in lines]
-
-# %% ../nbs/11b_report.ipynb #c0114
-def _of_folder(folder):
-    "A folder that `sentinel-train` wrote"
-    settings, rows = _read(folder)
-    asked, what = settings.get('gates', {}), settings['run']
-    gates = [row for row in rows if 'gates' in row]
-    run = _Run(f"{what['model']} on {what['text']}", settings=settings)
-    run.ends = [row for row in rows if 'phase' in row]
-    run.log = [row for row in rows
-               if 'step' in row and 'gates' not in row]
-    run.steps = [row['step'] for row in gates]
-    if gates:
-        run.gates = torch.tensor([_floats(row['gates']) for row in gates])
-    bars = [row['open_channels'] for row in rows if 'open_channels' in row]
-    if bars: run.channels = _bars(bars[-1])
-    run.command = settings.pop('command', '')
-    if asked.get('criterion') == 'learned':
-        run.budget = asked.get('sparsity') or None
-    if run.steps: run.closed, run.what = _closing(asked, run.steps[-1])
-    return run
-
-# %% ../nbs/11b_report.ipynb #c0117
-def _name(model):
-    "A short name of a model"
-    name = getattr(model.config, 'name_or_path', '')
-    return Path(name or model.config.model_type).name
-
-def _pruned_channels(model):
-    "The gates of channels, if any of them is closed or was cut out"
-    gates = open_channels(model)
-    if gates is None: return None
-    built = model.sentinel.plan.channels.exists
-    return gates if bool((gates[built] != 1).any()) else None
-
-def _of_result(res):
-    "What `train_gates` returned"
-    phases = ('before', 'closed', 'after')
-    ends = [dict(phase=k, **getattr(res, k)) for k in phases]
-    settings = dict(run=dict(seconds=round(res.seconds, 1)))
-    return _Run(_name(res.model), ends, res.log, res.steps, res.gates,
-                _pruned_channels(res.model), settings=settings)
-
-# %% ../nbs/11b_report.ipynb #c0120
-def _replayed(now, events, step):
-    "Which heads were open after a step's decision, told backwards"
-    gates = torch.where(now.isnan(), 0., now)
-    for event in reversed(events):
-        if event['step'] <= step: break
-        for l, h in event['opened']: gates[l, h] = 0.
-        for l, h in event['closed']: gates[l, h] = 1.
-    return gates if step == events[-1]['step'] else gates.ceil()
-
-# %% ../nbs/11b_report.ipynb #c0122
-def _of_cycle(cycle, trainer):
-    "A plasticity cycle, and the trainer it ran in"
-    log = [] if trainer is None else trainer.state.log_history
-    run = _Run('A plasticity cycle', events=list(cycle.events), log=log)
-    names = ('every', 'prune', 'regrow', 'compact_every')
-    options = {name: getattr(cycle, name) for name in names}
-    controller = type(cycle.controller).__name__
-    run.settings = dict(cycle=dict(controller=controller, **options))
-    if cycle.model is None: return run
-    run.title = _name(cycle.model)
-    run.channels = _pruned_channels(cycle.model)
-    now = open_gates(cycle.model)
-    steps = [0] + [event['step'] for event in run.events][-11:]
-    if run.events:
-        run.stages = {f'step {s}': _replayed(now, run.events, s)
-                      for s in steps}
-    else: run.stages = {'now': now}
-    return run
 
 # %% ../nbs/11b_report.ipynb #c0124
 def _svg(ax, alt):
@@ -342,18 +218,6 @@ def _page(run, stats):
     return (f'<!doctype html><html lang="en"><head>{head}</head>'
             f'<body>{body}</body></html>\n')
 
-# %% ../nbs/11b_report.ipynb #c0151
-def _run_of(run):
-    "Any of the three kinds of runs"
-    if isinstance(run, (str, os.PathLike)): return _of_folder(Path(run))
-    if isinstance(run, TrainResult): return _of_result(run)
-    if isinstance(run, (AdaptiveCallback, Plasticity)):
-        cycle = getattr(run, 'cycle', run)
-        return _of_cycle(cycle, getattr(run, 'trainer', None))
-    raise TypeError(
-        f'{type(run).__name__} is no run; give a folder of sentinel-train, '
-        'a TrainResult, an AdaptiveCallback or a Plasticity')
-
 # %% ../nbs/11b_report.ipynb #c0152
 def report(
     run, # Folder, `TrainResult`, `AdaptiveCallback` or `Plasticity`
@@ -364,7 +228,7 @@ def report(
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(
             f'{path}: its folder does not exist; make it, or give another path')
-    page = _page(_run_of(run), stats)
+    page = _page(run_of(run), stats)
     home = Path(run) if isinstance(run, (str, os.PathLike)) else Path()
     path = home/'report.html' if path is None else Path(path)
     write_text(path, page)
