@@ -18,15 +18,13 @@ from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, build, logits, spread  # noqa: E402
+from test_matrix import ALL, CHANNELS, EXPERTS, IDS, build, logits, needs_experts, spread  # noqa: E402
 from test_surgery import attributes, close, state  # noqa: E402
 
 torch.set_num_threads(1)
-# Every MLP of these is a set of routed experts
-EXPERTS = ['gpt_oss', 'granitemoe', 'minimax', 'mixtral', 'olmoe', 'phimoe', 'qwen3_moe']
 # Dory has a norm without weights and a factor for each channel
 MORE = [m for m in ('dory', 'cpmant', 'xlm', 'granitemoehybrid') if m in CONFIG_MAPPING]
-WITH = ALL + MORE
+WITH = CHANNELS + MORE
 # Not every layer of it has an MLP: some are Mamba or attention alone
 PARTLY = {'nemotron_h'}
 # A norm over all channels: disturbing one changes all
@@ -158,6 +156,7 @@ def test_parts_add_up(name):
     assert parts['experts'] == 0 or name not in EXPERTS
 
 
+@needs_experts
 @pytest.mark.parametrize('name', EXPERTS)
 def test_experts_that_are_left_out_or_unknown(name):
     "An own row of `MLPS` leaves them out; without the flags of transformers nobody says how they are stored."
@@ -178,6 +177,7 @@ def test_beside_a_dense_mlp_experts_are_left_alone(name):
     if name != 'deepseek_v3': assert any('routed experts' in why for why in cm.unmapped.values())
 
 
+@needs_experts
 def test_cost_sums_to_what_is_saved():
     for name in ('llama', 'gpt2', 'phi3', 'bert', 'deepseek_v2', 'mixtral', 'gpt_oss'):
         model = build(name)

@@ -17,10 +17,11 @@ from sentinel_ai.repair import repair_layer
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import IDS, build as fresh, logits  # noqa: E402
+from test_matrix import IDS, build as fresh, logits, needs_experts  # noqa: E402
 from test_surgery import close, same_state, state  # noqa: E402
 
 torch.set_num_threads(1)
+pytestmark = needs_experts
 NAMES = ['mixtral', 'gpt_oss', 'qwen3_moe', 'jamba']
 CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 

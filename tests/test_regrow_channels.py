@@ -17,14 +17,14 @@ from sentinel_ai.regrow_channels import CHANNEL_INITS, CHANNEL_STRATEGIES
 from sentinel_ai.stash import full_param
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, build, greedy, logits, spread  # noqa: E402
+from test_matrix import CHANNELS, build, greedy, logits, spread  # noqa: E402
 from test_surgery import same_state, state  # noqa: E402
 from test_units import n_params  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore:.*only columns of the output projection')
 NAMED = ['gpt2', 'llama', 'phi3', 'opt', 'bloom', 'moshi', 'mixtral', 'gpt_oss']
-WITH = ALL
+WITH = CHANNELS
 CALIB = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, gate_values, head_map, merge_gates, set_gates, unadapt, unmerge_gates, unprune
 from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
 from sentinel_ai.choose import lowest
@@ -399,7 +400,7 @@ def test_layers_that_share_weights():
 
 @pytest.mark.filterwarnings('ignore:.*only columns')
 def test_unlisted_architectures():
-    for name in ('minimax_m2', 'cpmant', 'hrm_text', 'whisper', 'trocr'):
+    for name in [m for m in ('minimax_m2', 'cpmant', 'hrm_text', 'whisper', 'trocr') if m in CONFIG_MAPPING]:
         model = adapt(random_model(name))
         want = logits(set_gates(model, uneven(model, 2, 0)))
         compact(model)

@@ -116,7 +116,9 @@ def test_resume_with_accumulation_epochs_and_coarse_logs(tmp_path):
     for k in (4, 5, 14):      # 5 is the end of an epoch
         again, _ = make('llama', tmp_path, **kw)
         again.train(resume_from_checkpoint=str(tmp_path/f'checkpoint-{k}'))
-        assert curve(again) == want, k
+        # before transformers 5.2 a Trainer keeps to itself what it has summed since the last log
+        first = 0 if hasattr(again, '_tr_loss') else -(-k//3)
+        assert curve(again)[first:] == want[first:], k
 
 
 def test_gates_that_are_learned_resume_too(tmp_path):
