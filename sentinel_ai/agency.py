@@ -11,7 +11,7 @@ from dataclasses import asdict
 from torch import nn
 from fastcore.basics import patch
 from .foreign import LARGEST, check_fields, check_whole
-from .plan import existing
+from .unit_plan import existing
 from .state import will_write
 from .surgery import HeadPlan
 from .states import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
-from .gates import hard_concrete, open_prob
+from .sentinel import hard_concrete, open_prob
 from .measure import HeadStats
 from .policy import Policy, check_value
 

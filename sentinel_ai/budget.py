@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import nn, Tensor
 from jaxtyping import Float
 from .choose import choose_units, closed_cost, lowest, units_of
-from .gates import GateConfig, adapt, check_edit, gate_values
+from .gates import adapt, check_edit, gate_values
+from .sentinel import GateConfig
 from .gates import need_adapted, set_gates, sites_of
 from .heads import head_cost
 from .state import transaction

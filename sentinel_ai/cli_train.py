@@ -10,7 +10,7 @@ import datasets, math, shlex, sys, time, torch
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
 from .gates import gate_values
-from .surgery import model_size
+from .site import model_size
 from .choose import closed_cost, units_of
 from .pruning import prune
 from .data import TEXTS, lm_dataset, load_text

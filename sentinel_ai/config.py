@@ -14,7 +14,9 @@ from fastcore.basics import patch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .foreign import check_fields
 from .heads import base_model, core_linear, fresh_config
-from .gates import GateConfig, is_merged, plain_class
+from .gates import is_merged
+from .adaptive import plain_class
+from .sentinel import GateConfig
 from .surgery import HeadPlan
 
 # %% ../nbs/07a_config.ipynb #ac1c22dc

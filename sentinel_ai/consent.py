@@ -13,7 +13,8 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from .heads import base_model, head_map
-from .gates import adapt, check_edit, is_adaptive, look
+from .gates import adapt, check_edit, is_adaptive
+from .hooks import look
 from .state import state_of, transaction
 from .surgery import HeadPlan, original_heads
 from .states import FACTORS, AgencyConfig, ConsentError

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from jaxtyping import Float
 from fastcore.basics import patch, patch_to
-from .gates import open_prob
+from .sentinel import open_prob
 from .measure import HeadStats
 from .plan import HeadPlan
 from .policy import SHAPES, ElasticBudget, Policy, Schedule

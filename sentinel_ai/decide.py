@@ -14,7 +14,7 @@ from jaxtyping import Float
 from fastcore.basics import patch, patch_to
 from .ann import FEATURES, MEMORY, ANNController, Context, shift_to
 from .foreign import check_fields, damaged, inside, is_whole, open_tensors, read_json
-from .gates import open_prob
+from .sentinel import open_prob
 from .io import staged, write_tensors, write_text
 from .measure import HeadStats
 from .plan import HeadPlan

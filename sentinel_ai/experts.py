@@ -14,8 +14,13 @@ from torch import nn, Tensor
 from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from .channels import MLPS, STACKS, ChannelWiring, MlpSite
-from .channels import kept_rows, put_attribute, put_back, routed_experts
+from .channels import STACKS
+from .mlp_wiring import ChannelWiring
+from .mlp_archs import MLPS
+from .mlp import MlpSite
+from .channels import routed_experts
+from .mlp_wiring import put_attribute, put_back
+from .mlp import kept_rows
 from .heads import UnsupportedArchitecture, check_keep, first_attr, param_at
 
 # %% ../nbs/00aa_experts.ipynb #488062d0

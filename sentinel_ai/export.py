@@ -15,7 +15,7 @@ from .channels import sites
 from sentinel_ai.heads import (
     HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim,
     fresh_config)
-from .gates import plain_class
+from .adaptive import plain_class
 from .repair import BIAS_FLAGS
 from .layout import (
     Exported, Kept, KeptChannels, channel_rows, check_free, check_same, down_weight,

@@ -9,7 +9,7 @@ __all__ = ['fit_size', 'repaired_params', 'move_repairs']
 import torch
 from torch import nn, Tensor
 from .heads import core_linear, in_dim
-from .surgery import full_param
+from .stash import full_param
 
 # %% ../nbs/04c_fit_repairs.ipynb #2bb2feb0
 def fit_size(

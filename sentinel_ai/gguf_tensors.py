@@ -9,7 +9,7 @@ __all__ = ['check_tensors', 'check_computation', 'gguf_tensors', 'laid_out', 'de
 import torch
 from torch import nn
 from .heads import UnsupportedArchitecture, core_linear
-from .gates import plain_class
+from .adaptive import plain_class
 from .layout import (
     channel_rows, down_weight, even_layout,
     kept_channels, kept_heads, out_weight,

@@ -13,7 +13,7 @@ from .heads import (
     UnsupportedArchitecture, base_model, check_weights)
 from .state import state_of, transaction
 from .gates import adapt
-from .surgery import check_ready
+from .shaping import check_ready
 from .fill import strength
 from .layers import grow_layers
 from .growth_channels import grow_channels

@@ -16,8 +16,12 @@ from .plan import HeadPlan, grown_channels
 from .state import transaction, will_write
 from .gates import gate_values, need_adapted
 from .choose import strongest
-from .surgery import all_back, apply_plan, full_param, model_size
-from .surgery import put_full, renumber_back, shape_mlp, widen_map
+from .site import model_size
+from .shaping import all_back, apply_plan
+from .stash import full_param
+from .room import widen_map
+from .shaping import shape_mlp
+from .stash import put_full, renumber_back
 from .verify import differing_layers, look_before
 from .slices import channel_slices, local_channels, read_channels
 from .fill import drawn

@@ -16,7 +16,9 @@ from .heads import (
 from .state import transaction
 from .gates import gate_values
 from .choose import strongest
-from .surgery import apply_plan, check_ready, head_slices, widen_map
+from .surgery import head_slices
+from .room import widen_map
+from .shaping import apply_plan, check_ready
 from .verify import differing_layers, look_before
 from .fill import strength
 from .growth_channels import Filler, owners_of

@@ -14,8 +14,10 @@ from .heads import (UnsupportedArchitecture, core_linear, fresh_config, in_dim,
                                in_features, layer_stacks, out_features)
 from .plan import grown_channels, grown_heads
 from .state import built_heads, is_compact, transaction
-from .gates import adapt, is_adaptive, plain_class
-from .surgery import heads_by_layer, model_size
+from .gates import adapt, is_adaptive
+from .adaptive import plain_class
+from .site import model_size
+from .shaping import heads_by_layer
 from .verify import observe_layers
 from .wiring import unwire_attention, wire_attention
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .channels import MlpSite, sites
+from .channels import sites
+from .mlp import MlpSite
 from .heads import AttnSite, UnsupportedArchitecture, base_model, head_map
 from .site import owner_of
 from .state import is_compact, state_of

@@ -15,8 +15,10 @@ from transformers import TrainerCallback
 from .foreign import check_fields, check_whole, damaged, read_json
 from .io import write_text
 from .heads import UNITS
-from .gates import GateConfig, adapt, base_model, gate_values
-from .gates import is_adaptive, need_adapted, settings_table
+from .gates import adapt, base_model, gate_values
+from .sentinel import GateConfig
+from .gates import is_adaptive, need_adapted
+from .sentinel import settings_table
 from .budget import gate_penalty, harden_gates
 from .run_state import sync_optimizer
 

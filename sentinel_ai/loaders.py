@@ -13,7 +13,8 @@ from torch import nn
 from .io import settle
 from .folder import check_scale, shapes_in, weight_files
 from .heads import UnsupportedArchitecture, base_model, check_decoder
-from .gates import GateConfig, adapt
+from .gates import adapt
+from .sentinel import GateConfig
 
 # %% ../nbs/07_loaders.ipynb #c0006
 _HERE = Path(__file__ if '__file__' in globals() else 'x').resolve().parent

@@ -8,8 +8,10 @@ __all__ = ['unguard', 'merge_gates', 'check_folded', 'unmerge_gates', 'unmerged_
 # %% ../nbs/01b_merge.ipynb #c0003
 import functools, torch
 from torch import nn
-from .gates import check_edit, detach_hook, has_changed
-from .gates import look, mark_of, need_adapted
+from .gates import check_edit
+from .hooks import detach_hook, has_changed
+from .gates import need_adapted
+from .hooks import look, mark_of
 from .heads import check_weights
 from .state import transaction, will_write
 

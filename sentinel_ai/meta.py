@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .heads import HeadMap, base_model, head_map
-from .gates import adapt, hard_concrete, set_gates
+from .gates import adapt, set_gates
+from .sentinel import hard_concrete
 from .measure import HeadStats, measure, predictors
 from .ann import FEATURES, LOGS, ANNController, Context, features, heads_in, shift_to
 

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from .choose import strongest
 from .heads import UnsupportedArchitecture
 from .gates import gate_values
-from .surgery import HeadPlan, apply_plan
+from .surgery import HeadPlan
+from .shaping import apply_plan
 from .pruning import check_free
 from .slices import local_channels, read_channels, write_channels
 from .fill import drawn

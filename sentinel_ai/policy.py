@@ -14,7 +14,8 @@ from jaxtyping import Float
 from fastcore.basics import patch
 from .choose import Selection
 from .measure import HeadStats
-from .plan import HeadPlan, existing
+from .plan import HeadPlan
+from .unit_plan import existing
 from .state import transaction
 
 # %% ../nbs/05a_policy.ipynb #c0008

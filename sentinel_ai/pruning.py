@@ -12,8 +12,8 @@ from fastcore.basics import patch
 from .heads import base_model, check_weights
 from .choose import choose, total_cost
 from .ranks import check_allowed
-from .gates import (
-    adapt, check_edit, look, need_adapted, set_gates)
+from .gates import adapt, check_edit, need_adapted, set_gates
+from .hooks import look
 from .measure import (
     check_loss, forward_args, measure, measuring, summed_loss)
 from .surgery import (

@@ -12,10 +12,12 @@ from fastcore.basics import patch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .io import settle
 from .heads import core_linear, out_features
-from .gates import (
-    GateConfig, adapt, adaptive_class)
-from .surgery import (
-    HeadPlan, model_size, replay)
+from .gates import adapt
+from .adaptive import adaptive_class
+from .sentinel import GateConfig
+from .surgery import HeadPlan
+from .site import model_size
+from .room import replay
 from .wiring import (
     unwire_attention, wire_attention)
 from .unet import add_skips

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .heads import base_model, check_weights
 from .gates import need_adapted
 from .measure import HeadStats
-from .surgery import check_ready
+from .shaping import check_ready
 from .state import transaction
 from .bridges import take_bridges
 from .wish import (

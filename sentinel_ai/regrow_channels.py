@@ -12,7 +12,8 @@ from torch import nn, Tensor
 from .choose import blocks, highest
 from .heads import base_model, check_weights
 from .measure import HeadStats
-from .surgery import HeadPlan, check_ready
+from .surgery import HeadPlan
+from .shaping import check_ready
 from .state import transaction
 from .bridges import take_bridges
 from .wish import number_of, observe, wish

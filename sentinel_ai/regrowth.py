@@ -11,7 +11,8 @@ from torch import nn
 from fastcore.basics import patch
 from .heads import base_model, core_linear
 from .gates import gate_values, set_gates
-from .surgery import HeadPlan, full_param, local_head, put_full
+from .surgery import HeadPlan, local_head
+from .stash import full_param, put_full
 from .state import transaction
 from .repair import shift_repair, weight_names
 from .bridges import lower_bridges

@@ -13,7 +13,7 @@ from .foreign import (
     LARGEST, check_fields, check_inside, check_whole, open_tensors)
 from .io import write_tensors
 from .state import RepairLog
-from .surgery import full_param
+from .stash import full_param
 from .repair import settle_names
 from .memory import HeadMemory
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE

@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from .channels import channel_map
-from .gates import check_edit, plain_class
+from .gates import check_edit
+from .adaptive import plain_class
 from sentinel_ai.heads import (
     base_model, check_weights, core_linear, core_name, fresh_config,
     head_map, in_dim)
 from .measure import enough_ridge
 from .state import RepairLog, need_state, state_of, transaction, will_write
-from .surgery import full_param, original_heads, put_full
+from .surgery import original_heads
+from .stash import full_param, put_full
 
 # %% ../nbs/03a_repair.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')

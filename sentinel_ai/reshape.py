@@ -16,12 +16,14 @@ from .io import read_state
 from .folder import weight_files
 from .heads import base_model, core_linear, out_features
 from .site import owner_of, own_parameters
-from .gates import GateConfig, adapt, check_edit, is_adaptive
-from .gates import plain_class, set_gates
+from .gates import adapt, check_edit, is_adaptive
+from .sentinel import GateConfig
+from .gates import set_gates
+from .adaptive import plain_class
 from .plan import HeadPlan
 from .state import built_sites, is_compact, state_of
 from .state import transaction, will_write
-from .surgery import apply_plan
+from .shaping import apply_plan
 from .config import HEADS_FILE, extra_biases
 from .removed import recall_removed
 from .unet import add_skips, remove_skips

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from .foreign import read_json
 from .io import staged, write_text
 from .folder import variant_of, weight_sums
-from .gates import AdaptiveMixin, is_merged, plain_class, save_plain
+from .gates import is_merged
+from .adaptive import AdaptiveMixin, plain_class, save_plain
 from .merge import unmerged_state
 from .config import (
     CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,

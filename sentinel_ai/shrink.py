@@ -14,8 +14,11 @@ from .plan import HeadPlan, grown_heads
 from .state import (
     built_heads, linked_optimizer, state_of, transaction, will_write)
 from .gates import gate_values
-from .surgery import all_back, check_ready, full_param
-from .surgery import model_size, renumber_back, shape_layer
+from .shaping import all_back, check_ready
+from .stash import full_param
+from .site import model_size
+from .shaping import shape_layer
+from .stash import renumber_back
 from .wiring import unwire_attention, wire_attention
 from .growth_channels import drop_channels
 from .fit_repairs import fit_size, move_repairs, repaired_params

@@ -9,7 +9,7 @@ __all__ = ['read_slices', 'write_slices', 'sole', 'read_head', 'write_head', 'ch
 # %% ../nbs/04a_slices.ipynb #27420fc6
 import torch
 from torch import nn, Tensor
-from .channels import MlpSite
+from .mlp import MlpSite
 from .heads import AttnSite, base_model, core_name, in_dim, param_at
 from .gates import gate_values
 from .surgery import head_slices

@@ -14,7 +14,7 @@ from .experts import SENT_TO
 from .site import own_parameters
 from .gates import adapt
 from .plan import HeadPlan
-from .surgery import replay
+from .room import replay
 
 # %% ../nbs/04c_small.ipynb #c0084
 def _config_of(config, kwargs):

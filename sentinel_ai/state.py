@@ -143,7 +143,9 @@ def need_state(
 class _Container:
     "What a dict, list or set holds, to be put back into the same object."
     def __init__(self, target):
-        self.target, self.held = target, copy.copy(target)
+        is_dict = isinstance(target, dict)
+        self.held = dict(target) if is_dict else copy.copy(target)
+        self.target = target
 
     def restore(self):
         self.target.clear()

@@ -14,8 +14,8 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from transformers import TrainingArguments
 from .choose import lowest
-from .gates import (
-    GateConfig, adapt, base_model, need_adapted, set_gates)
+from .gates import adapt, base_model, need_adapted, set_gates
+from .sentinel import GateConfig
 from .cycle import (
     AdaptiveCallback, HeadLR, Plasticity, perplexity_of)
 from .learning import (

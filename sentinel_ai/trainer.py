@@ -10,8 +10,8 @@ import functools, os
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from transformers import Trainer
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers import Trainer, trainer_utils
+from transformers.trainer_utils import SaveStrategy
 from .foreign import check_fields, damaged
 from .io import read_state, staged
 from .gates import base_model, is_adaptive
@@ -118,6 +118,14 @@ def _note_best(self:AdaptiveTrainerMixin, run, final, staged_at):
         state.best_model_checkpoint = str(best)
     state.save_to_json(str(staged_at/'trainer_state.json'))
 
+# %% ../nbs/10_trainer.ipynb #ba576cd7
+def _rotate(trainer, run):
+    "Leave as many checkpoints as were asked for. Before transformers 5.2 this was a method."
+    if hasattr(trainer, '_rotate_checkpoints'):
+        return trainer._rotate_checkpoints(use_mtime=True, output_dir=run)
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    trainer_utils.rotate_checkpoints(run, limit, best, use_mtime=True)
+
 # %% ../nbs/10_trainer.ipynb #c0060
 @patch
 def _save_checkpoint(self:AdaptiveTrainerMixin, model, trial):
@@ -133,8 +141,7 @@ def _save_checkpoint(self:AdaptiveTrainerMixin, model, trial):
         self._note_best(run, final, tmp)
         seal(tmp, step=self.state.global_step, epoch=self.state.epoch)
     if self.args.push_to_hub: self._push_from_checkpoint(str(final))
-    best = self.state.best_model_checkpoint
-    rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+    _rotate(self, str(run))
 
 # %% ../nbs/10_trainer.ipynb #c0064
 @patch
@@ -172,9 +179,13 @@ def _save_optimizer_and_scheduler(self:AdaptiveTrainerMixin, output_dir):
         scheduler=self.lr_scheduler.state_dict(),
         scaler=None if scaler is None else scaler.state_dict(),
         parts=parts,
-        logged=dict(loss=self._tr_loss, at=self._globalstep_last_logged),
+        logged=dict(loss=_summed(self), at=self._globalstep_last_logged),
         head_lr_multipliers=None,
         data=None)
+
+def _summed(trainer):
+    "The loss since the last log; None before transformers 5.2, whose Trainer keeps it to itself."
+    return getattr(trainer, '_tr_loss', None)
 
 # %% ../nbs/10_trainer.ipynb #c0068
 @patch
@@ -265,6 +276,7 @@ def _load_rng_state(self:AdaptiveTrainerMixin, checkpoint):
     self._resumed = None
     load_rng_state(state['rng'])
     loss = state['logged']['loss']
+    if loss is None or _summed(self) is None: return
     self._tr_loss += loss.to(self._tr_loss.device)
     self._total_loss_scalar -= loss.item()
     self._globalstep_last_logged = state['logged']['at']

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .heads import HEAD_COUNTS, KV_COUNTS, AttnSite
 from .heads import core_linear, in_dim, unit_rows
-from .channels import put_attribute, put_back
+from .mlp_wiring import put_attribute, put_back
 
 # %% ../nbs/02d_wiring.ipynb #c0007
 _OUTER = {  # what a layer calls its inputs (0), its outputs (1)
@@ -85,7 +85,7 @@ def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
     "Attention whose query heads read KV heads by the wiring."
     wiring = module.sentinel_wiring
     impl = module.config.base._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(impl, wiring.eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get(impl, wiring.eager)
     if _can_split(impl, attention_mask, kwargs):
         out = _by_runs(wiring, attend, query, key, value, attention_mask, kwargs)
         return out, None

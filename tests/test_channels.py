@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from sentinel_ai import UnsupportedArchitecture
-from sentinel_ai.channels import MLPS, channel_map, probe_channels, register_mlp, sites
+from sentinel_ai.channels import channel_map, probe_channels, sites
+from sentinel_ai.mlp_archs import MLPS, register_mlp
 from sentinel_ai.experts import probe_experts
 from sentinel_ai.heads import head_map
 from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, build, logits  # noqa: E402
+from test_matrix import ALL, IDS, build, logits, spread  # noqa: E402
 from test_surgery import attributes, close, state  # noqa: E402
 
 torch.set_num_threads(1)
@@ -98,8 +99,7 @@ def test_map_matches_the_arithmetic(name):
                 else: assert got == channels, f'{part} of {channels}'
 
 
-@pytest.mark.parametrize('how', ['some', 'none', 'first-layer-none'])
-@pytest.mark.parametrize('name', WITH)
+@pytest.mark.parametrize('name,how', spread(WITH, ['some', 'none', 'first-layer-none']))
 def test_pruned_equals_zeroed_columns_and_back(name, how):
     model = build(name)
     before, had, want = state(model), attributes(model), logits(model)

@@ -13,7 +13,8 @@ import torch
 from sentinel_ai.agency import Agency
 from sentinel_ai.budget import harden_gates
 from sentinel_ai.choose import Units, choose_units, choose_units_evenly, closed_cost, reachable_cost
-from sentinel_ai.gates import GateConfig, adapt, gate_values, set_gates
+from sentinel_ai.gates import adapt, gate_values, set_gates
+from sentinel_ai.sentinel import GateConfig
 from sentinel_ai.measure import HeadStats
 from sentinel_ai.policy import settle, toy_plan
 from sentinel_ai.regrow import regrow, wish

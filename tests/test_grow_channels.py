@@ -15,12 +15,14 @@ from sentinel_ai.checkpoint import restore, save_checkpoint
 from sentinel_ai.growth import grow, ungrow
 from sentinel_ai.growth_channels import channel_strength
 from sentinel_ai.memory import HeadMemory
-from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
+from sentinel_ai.surgery import HeadPlan, compact, expand, reattach
+from sentinel_ai.room import replay
+from sentinel_ai.stash import full_param
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_channels import ZAMBA, ZAMBA2  # noqa: E402
-from test_matrix import ALL, IDS, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, build, greedy, logits, spread  # noqa: E402
 from test_regrow import emptied  # noqa: E402
 
 torch.set_num_threads(1)
@@ -56,8 +58,7 @@ def column_of(m, site, channels):
     return full_param(m, name).index_select(dim, torch.as_tensor(channels)).movedim(dim, 0)
 
 
-@pytest.mark.parametrize('init', ['split', 'zero'])
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name,init', spread(ALL, ['split', 'zero']))
 def test_every_architecture(name, init, tmp_path):
     model = build(name)
     sd, want, tokens, params = state(model), logits(model), greedy(model), dict(model.named_parameters())

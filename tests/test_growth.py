@@ -14,11 +14,13 @@ from sentinel_ai import UnsupportedArchitecture, adapt, gate_values, head_map, m
 from sentinel_ai.growth import flops_per_token, grow, init_small, strength, ungrow
 from sentinel_ai.heads import head_cost
 from sentinel_ai.testing import random_config, random_model
-from sentinel_ai.surgery import HeadPlan, compact, expand, full_param, reattach, replay
+from sentinel_ai.surgery import HeadPlan, compact, expand, reattach
+from sentinel_ai.room import replay
+from sentinel_ai.stash import full_param
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, DEVICE, IDS, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, IDS, SEED, build, greedy, logits, spread  # noqa: E402
 
 torch.set_num_threads(1)
 # A norm over the width of all heads (q and k in OLMo 2 and OLMoE, the output in BitNet), two softmax maps for one head (DiffLlama)
@@ -67,8 +69,7 @@ def everything_works(m, path):
     assert sd.keys() == m.state_dict().keys() and torch.equal(logits(m), want) and torch.equal(greedy(m), tokens)
 
 
-@pytest.mark.parametrize('init', ['split', 'zero'])
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name,init', spread(ALL, ['split', 'zero']))
 def test_heads(name, init, tmp_path):
     model = build(name)
     sd, want, tokens, params = state(model), logits(model), greedy(model), dict(model.named_parameters())

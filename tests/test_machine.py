@@ -32,7 +32,8 @@ from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close
 from sentinel_ai.gates import is_merged  # noqa: E402
 from sentinel_ai.heads import core_linear, in_dim, param_at  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
-from sentinel_ai.surgery import head_slices, kinds_of, reattach  # noqa: E402
+from sentinel_ai.shaping import kinds_of  # noqa: E402
+from sentinel_ai.surgery import head_slices, reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 

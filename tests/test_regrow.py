@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, DEVICE, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, DEVICE, SEED, build, greedy, logits, spread  # noqa: E402
 
 from sentinel_ai import compact, gate_values, prune, set_gates, unadapt, unprune  # noqa: E402
 from sentinel_ai.gates import adapt  # noqa: E402
@@ -66,8 +66,7 @@ def test_prune_then_regrow_is_exact(name):
     assert torch.equal(logits(model), plain) and same(model, sd)
 
 
-@pytest.mark.parametrize('init', INITS)
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name,init', spread(ALL, INITS))
 def test_the_start_changes_nothing(name, init):
     "With a warm-up every way of filling a head starts where the model was, and the model still generates with its cache."
     if name in NO_SPLIT and init == 'split':

@@ -14,10 +14,10 @@ from sentinel_ai.memory import UnitMemory, read_channels
 from sentinel_ai.plan import HeadPlan
 from sentinel_ai.regrow import Regrowth, observe, out_names
 from sentinel_ai.regrow_channels import CHANNEL_INITS, CHANNEL_STRATEGIES
-from sentinel_ai.surgery import full_param
+from sentinel_ai.stash import full_param
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, build, greedy, logits, spread  # noqa: E402
 from test_surgery import same_state, state  # noqa: E402
 from test_units import n_params  # noqa: E402
 
@@ -56,9 +56,8 @@ def gone(model):
     return (plan.exists & ~plan.keep)
 
 
-@pytest.mark.parametrize('removed', [True, False], ids=['compact', 'masked'])
-@pytest.mark.parametrize('name', WITH)
-def test_prune_then_regrow_is_exact(name, removed):
+@pytest.mark.parametrize('name,how,removed', spread(WITH, [('compact', True), ('masked', False)]))
+def test_prune_then_regrow_is_exact(name, how, removed):
     "All at once or in two portions, heads first or last; bit for bit."
     model = build(name)
     cls, sd, plain = type(model), state(model), logits(model)

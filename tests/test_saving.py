@@ -16,7 +16,7 @@ from sentinel_ai import (GateConfig, adapt, compact, gate_values, grow, harden_g
                          unmerge_gates)
 from sentinel_ai import io
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
-from sentinel_ai.gates import AdaptiveMixin
+from sentinel_ai.adaptive import AdaptiveMixin
 from sentinel_ai.loaders import load_adaptive_model
 from sentinel_ai.pruning import close_heads, undo_repair, unprune
 from sentinel_ai.unet import add_skips

@@ -7,7 +7,9 @@ from sentinel_ai.memory import channels_by_layer, local_channels
 from sentinel_ai.pruning import heads_for_ms
 from sentinel_ai.repair import move_param, out_weight, repair_share, shift_repair
 from sentinel_ai.bridges import in_order, take_bridges
-from sentinel_ai.surgery import full_param, kinds_of, local_head, original_heads, put_full
+from sentinel_ai.surgery import local_head, original_heads
+from sentinel_ai.shaping import kinds_of
+from sentinel_ai.stash import full_param, put_full
 from sentinel_ai.train import close_random, open_heads, sentinel_parameters
 from sentinel_ai.viz import open_channels, open_gates
 

@@ -15,11 +15,12 @@ from sentinel_ai import GateConfig, UnsupportedArchitecture, adapt, gate_values,
 from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
 from sentinel_ai.choose import lowest
 from sentinel_ai.heads import core_linear, head_cost
-from sentinel_ai.surgery import HeadPlan, compact, expand, replay
+from sentinel_ai.surgery import HeadPlan, compact, expand
+from sentinel_ai.room import replay
 from sentinel_ai.testing import cache_of, random_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits, spread  # noqa: E402
 
 torch.set_num_threads(1)
 # Where a norm or a mask is made of all heads, rows of queries, keys and values stay: exact, but only columns of the output projection leave
@@ -77,9 +78,8 @@ def attributes(m):
                 sorted(x._modules), id(getattr(x, 'config', None)), 'forward' in vars(x)) for n, x in m.named_modules()}
 
 
-@pytest.mark.parametrize('seed,empty', [(0, None), (1, 0), (2, -1)], ids=['uneven', 'first-layer-empty', 'last-layer-empty'])
-@pytest.mark.parametrize('name', ALL)
-def test_compact_equals_masked_and_back(name, seed, empty):
+@pytest.mark.parametrize('name,how,seed,empty', spread(ALL, [('uneven', 0, None), ('first-layer-empty', 1, 0), ('last-layer-empty', 2, -1)]))
+def test_compact_equals_masked_and_back(name, how, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)
@@ -409,13 +409,13 @@ def test_unlisted_architectures():
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'bloom'])
 def test_a_failure_half_way_is_undone(name, monkeypatch):
     "If a layer can't be shaped, those before it are as they were."
-    from sentinel_ai import surgery
+    from sentinel_ai import shaping
     model = masked(name, 1)
-    want, sd, calls, real = logits(model), state(model), [], surgery.wire_attention
+    want, sd, calls, real = logits(model), state(model), [], shaping.wire_attention
     def fail(s0, s1, keep, *args):
         if s0.layer == 1 and not calls: calls.append(1); raise MemoryError('no room')
         return real(s0, s1, keep, *args)
-    monkeypatch.setattr(surgery, 'wire_attention', fail)
+    monkeypatch.setattr(shaping, 'wire_attention', fail)
     with pytest.raises(MemoryError): compact(model)
     assert calls and torch.equal(logits(model), want) and same_state(state(model), sd) and not model.sentinel.compact
     compact(model)

@@ -23,7 +23,8 @@ from sentinel_ai.controller import ANNController, ElasticBudget, Policy, Reinfor
 from sentinel_ai.cycle import Plasticity  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
 from sentinel_ai.state import _LOCAL, built_sites  # noqa: E402
-from sentinel_ai.surgery import reattach, replay  # noqa: E402
+from sentinel_ai.room import replay  # noqa: E402
+from sentinel_ai.surgery import reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 
 FAULTS = int(os.environ.get('FAULTS', 1))
@@ -403,7 +404,7 @@ def test_the_end_of_a_load(tmp_path, monkeypatch):
         mp.setattr(checkpoint, '_load_run', lambda *args: (begun.append(lines.count), real(*args)))
         load_all(done)
     before, found, count = scene.picture(), [], lines.count - begun[0]
-    for n in sorted({*places(8*FAULTS, count, gen), *range(count - 40, count + 1)}):
+    for n in sorted({*places(4*FAULTS, count, gen), *range(count - 20, count + 1)}):
         fault = fail_at_line(begun[0] + n, gen.choice(KINDS))
         came = attempt(lambda: load_all(scene), fault)
         bad = wrong(scene, before)

@@ -14,13 +14,15 @@ import torch
 from sentinel_ai import (GateConfig, UnsupportedArchitecture, adapt, compact, expand, gate_values, merge_gates, prune, set_gates, unadapt,
                          unmerge_gates, unprune)
 from sentinel_ai.budget import closed_share, gate_penalty, harden_gates
-from sentinel_ai.channels import MLPS, register_mlp, sites
+from sentinel_ai.channels import sites
+from sentinel_ai.mlp_archs import MLPS, register_mlp
 from sentinel_ai.plan import HeadPlan
-from sentinel_ai.surgery import reattach, replay
+from sentinel_ai.surgery import reattach
+from sentinel_ai.room import replay
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits  # noqa: E402
+from test_matrix import ALL, IDS, LISTED_ALL, SEED, build, greedy, logits, spread  # noqa: E402
 from test_surgery import attributes, close, n_params, padded, same_state, state, uneven  # noqa: E402
 
 torch.set_num_threads(1)
@@ -74,9 +76,8 @@ def test_where_no_channels_can_be_read_heads_go_on_working(name):
     assert compact(model).removed == 1
 
 
-@pytest.mark.parametrize('seed,empty', [(0, None), (1, 0)], ids=['uneven', 'first-layer-empty'])
-@pytest.mark.parametrize('name', WITH)
-def test_compact_equals_masked_and_back(name, seed, empty):
+@pytest.mark.parametrize('name,how,seed,empty', spread(WITH, [('uneven', 0, None), ('first-layer-empty', 1, 0)]))
+def test_compact_equals_masked_and_back(name, how, seed, empty):
     model = masked(name, seed, empty)
     ids, kw = padded()
     want, tokens, sd, before = logits(model), greedy(model, ids, **kw), state(model), attributes(model)

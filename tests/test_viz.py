@@ -8,7 +8,7 @@ from sentinel_ai.agency import Agency
 from sentinel_ai.attention import attention_maps
 from sentinel_ai.controller import ThresholdController
 from sentinel_ai.data import lm_dataset
-from sentinel_ai.gates import GateConfig
+from sentinel_ai.sentinel import GateConfig
 from sentinel_ai.growth import grow
 from sentinel_ai.testing import random_model
 from sentinel_ai.measure import measure
