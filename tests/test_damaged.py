@@ -21,7 +21,7 @@ from sentinel_ai.audit import read_log
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
 from sentinel_ai.controller import ThresholdController
 from sentinel_ai.decide import ANNController
-from sentinel_ai.foreign import damaged
+from sentinel_ai.foreign import damaged, read_json
 from sentinel_ai.learning import GateCallback
 from sentinel_ai.loaders import load_adaptive_model
 from sentinel_ai.plan import HeadPlan
@@ -173,7 +173,9 @@ def read_stats(d): HeadStats.load(d/'stats.safetensors')
 
 
 def read_plan(d):
-    with damaged(d): HeadPlan.from_dict(json.loads((d/'plan.json').read_text())).check(MODEL.sentinel.built)
+    saved = read_json(d/'plan.json')
+    try: HeadPlan.from_dict(saved).check(MODEL.sentinel.built)
+    except ValueError as e: raise ValueError(f'{d}: {e}') from e
 
 
 def read_agency(d):

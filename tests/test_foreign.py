@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from sentinel_ai import HeadMemory, adapt, compact, io, prune, random_model, set_gates
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
 from sentinel_ai.loaders import load_adaptive_model, load_baseline_model
+from sentinel_ai.plan import HeadPlan
 from sentinel_ai.saving import MEMORY_FILE
 from sentinel_ai.sealed import seal
 
@@ -207,3 +208,23 @@ def test_a_part_that_refuses_its_state_changes_nothing(name, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     with pytest.raises(ValueError): load_checkpoint(tmp_path/'c', random_model('llama').to(torch.float64), verify=False)
     assert load_baseline_model(tmp_path/'c') is not None
+
+
+# --- plans ---
+
+PLAN = dict(version=3, model_type='llama', heads=[4, 4], kv_heads=[2, 2], removed=[[1], []], columns=[1], info={},
+            channels=dict(channels=[8, 8], kept=['ff', '7f']))
+
+
+@pytest.mark.parametrize('key, values', [
+    ('version', [None, 'x', True, 99]), ('heads', [[4, '4'], [4, -1], [10**9]*2, 4, None, [True, 4], [4.]]),
+    ('kv_heads', [[8, 8], [-1, 2], ['x', 2], [10**9, 2]]),
+    ('removed', [[[77], []], [['x'], []], [[-1], []], [[1.], []], [[True], []], [[1, 1], []], [None, []], [[10**30], []]]),
+    ('columns', [[77], ['x'], [-1], [1.], [True], [1, 1], 3, [None]]), ('info', [[], 3]),
+    ('grown', [[1], [[0, 1]], 3, [[0, 3, 0, [[0, 0, 0]]]], [[0, 3, 2, 1]]]),
+    ('channels', [3, {}, dict(channels=[10**9]*2, kept=['', '']), dict(channels=[8, 8], kept=['zz', 'ff']), dict(channels=[8, 8], kept=[1, 2])]),
+    ('model_type', [3, None])])
+def test_plans_are_what_they_say(key, values):
+    HeadPlan.from_dict(PLAN)
+    for value in values:
+        with pytest.raises(ValueError): HeadPlan.from_dict(PLAN | {key: value})
