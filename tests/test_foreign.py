@@ -228,3 +228,12 @@ def test_plans_are_what_they_say(key, values):
     HeadPlan.from_dict(PLAN)
     for value in values:
         with pytest.raises(ValueError): HeadPlan.from_dict(PLAN | {key: value})
+
+
+@pytest.mark.parametrize('name', ['ridge', 'channel_ridge'])
+def test_a_ridge_is_a_share(name):
+    for value in (float('inf'), float('nan'), -1., 1e300):
+        m = adapt(random_model('llama'))
+        before = {k: v.clone() for k, v in m.state_dict().items()}
+        with pytest.raises(ValueError, match='ridge'): prune(m, params=.8, batches=IDS, rounds=1, progress=False, **{name: value})
+        assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
