@@ -96,7 +96,9 @@ def _check_asked(path, saved, optimizer, scheduler, parts):
         if asked is not None and saved[name] is None: raise ValueError(
             f'{path} was saved without a {name}; '
             f'save_checkpoint(path, model, {name}=...) keeps it')
-    if optimizer is not None: check_kind(optimizer, saved['optimizer'])
+    if optimizer is None: return
+    try: check_kind(optimizer, saved['optimizer'])
+    except ValueError as e: raise ValueError(f'{path}: {e}') from e
 
 # %% ../nbs/09_checkpoint.ipynb #c0091
 def _load_run(model, saved, optimizer, scheduler, parts):

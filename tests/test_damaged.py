@@ -1,6 +1,6 @@
 """Every kind of file that the library writes is damaged in every way, and read: it reads, or it raises an error that names it.
 
-`SENTINEL_DAMAGE=5000` damages each kind so many times (default 40); `SENTINEL_SEED=3` starts elsewhere.
+`SENTINEL_DAMAGE=5000` damages each kind so many times (default 16); `SENTINEL_SEED=3` starts elsewhere.
 """
 import copy
 import json
@@ -30,7 +30,7 @@ from sentinel_ai.stats import HeadStats
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-TIMES = int(os.environ.get('SENTINEL_DAMAGE', 40))
+TIMES = int(os.environ.get('SENTINEL_DAMAGE', 16))
 SEED = int(os.environ.get('SENTINEL_SEED', 0))
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 PLAIN = random_model('llama')
