@@ -10,6 +10,7 @@ import operator, os, torch
 from dataclasses import asdict
 from torch import nn
 from fastcore.basics import patch
+from .foreign import LARGEST, check_fields, check_whole
 from .unit_plan import existing
 from .state import will_write
 from .surgery import HeadPlan
@@ -158,16 +159,28 @@ def to_dict(self:Agency,
                 heads=heads, tables=tables, events=[dict(e) for e in last])
 
 # %% ../nbs/05_agency.ipynb #c0103
+_KINDS = dict(policy=str, config=dict, step=int, heads=(list, type(None)), tables=dict, events=list)
+_EVENT = dict(step=int, actor=str, head=list, reason=str, kind=str)
+
 def _check_dict(d):
     "Raise `ValueError` unless a dict has what an agency needs."
     if not isinstance(d, dict) or 'version' not in d: raise ValueError(
         f'no agency: a dict with a version is needed, {str(d)[:60]!r} was given')
+    check_fields(d, 'the agency', version=int)
     if d['version'] > _FORMAT: raise ValueError(
         f"the agency has format version {d['version']}, "
         f'this sentinel_ai reads up to {_FORMAT}; update sentinel_ai')
     parts = {'policy', 'config', 'step', 'heads', 'tables', 'events'}
     missing = sorted(parts - d.keys())
     if missing: raise ValueError(f'the agency lacks {missing}; it is incomplete')
+    check_fields(d, 'the agency', **_KINDS)
+    for e in d['events']: check_fields(e, 'an event', **_EVENT)
+    unknown = sorted(d['config'].keys() - asdict(AgencyConfig()).keys())
+    if unknown: raise ValueError(f'the agency has thresholds {unknown}, which this version does not know')
+    heads = d['heads'] or []
+    check_whole(heads, 'heads of the agency')
+    if len(heads)*max(heads, default=0) > 16*LARGEST: raise ValueError(
+        f'the agency speaks of {len(heads)} layers of up to {max(heads)} heads')
 
 def _check_tables(t, exists):
     "Raise `ValueError` unless tables fit the heads and each other."
@@ -187,6 +200,15 @@ def _check_tables(t, exists):
         'without consent must go together' % tuple(odd.nonzero()[0].tolist()))
 
 # %% ../nbs/05_agency.ipynb #c0104
+def _check_rows(name, rows, like):
+    "Raise `ValueError` unless a table is rows of numbers of the shape and kind of another one."
+    kind = bool if like.dtype == torch.bool else (int, float) if like.is_floating_point() else int
+    is_table = isinstance(rows, list) and len(rows) == len(like)
+    for row in rows if is_table else [None]:
+        is_row = isinstance(row, list) and len(row) == like.shape[1]
+        ok = is_row and all(isinstance(x, kind) and (kind is bool or not isinstance(x, bool)) for x in row)
+        if not ok: raise ValueError(f'the table {name} is not {len(like)} rows of {like.shape[1]} numbers')
+
 @patch
 def _fill(self:Agency, heads, tables):
     "Take tables from lists, checked."
@@ -196,6 +218,7 @@ def _fill(self:Agency, heads, tables):
         f'the agency lacks the tables {missing}; it is incomplete')
     t = {}
     for name, v in self.tables.items():
+        _check_rows(name, tables[name], v)
         t[name] = torch.tensor(tables[name], dtype=v.dtype, device='cpu')
     _check_tables(t, self.exists)
     self.tables = t

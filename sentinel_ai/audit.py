@@ -8,6 +8,7 @@ __all__ = ['event', 'append_events', 'read_log', 'log_size', 'cut_log']
 # %% ../nbs/05_audit.ipynb #4a4cc213
 import json, os, warnings
 from pathlib import Path
+from .foreign import check_file
 from .states import HeadState
 
 # %% ../nbs/05_audit.ipynb #ee632bbe
@@ -44,15 +45,22 @@ def append_events(
         f.flush()
 
 # %% ../nbs/05_audit.ipynb #c0031
+def _event_of(line):
+    "The event of a line. Raises `ValueError` for a line that holds none."
+    e = json.loads(line.removeprefix(b'\xef\xbb\xbf'))
+    if not isinstance(e, dict): raise ValueError('no event')
+    return e
+
 def read_log(
     path:str|os.PathLike, # A file that an `Agency` wrote
 ) -> list: # The events, oldest first
     "Read an audit log. Lines that aren't whole are left out with a warning."
+    check_file(path)
     events, bad = [], []
     for i, line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
         try:
-            if line.strip(): events.append(json.loads(line))
-        except ValueError: bad.append(i)
+            if line.strip(): events.append(_event_of(line))
+        except (ValueError, RecursionError): bad.append(i)
     numbers = ', '.join(map(str, bad))
     if bad: warnings.warn(f'{path}: line {numbers} is not whole and was left out')
     return events

@@ -9,9 +9,10 @@ __all__ = ['write_run', 'save_checkpoint', 'load_checkpoint', 'STATE', 'join_sta
            'latest_checkpoint', 'seal', 'INNER', 'check_shape', 'load_weights', 'model_state', 'reshape', 'restore']
 
 # %% ../nbs/09_checkpoint.ipynb #6dd43acf
-import torch
+import pickle, torch
 from pathlib import Path
 from torch import nn
+from .foreign import check_fields, damaged
 from .io import (
     STATE, join_state, read_state, settle,
     split_state, staged, write_state)
@@ -21,7 +22,7 @@ from .gates import check_edit, is_adaptive
 from .state import transaction, will_write
 from .run_state import (
     check_kind, extend_scheduler, load_optimizer_state,
-    load_rng_state, optimizer_state, rng_state,
+    load_rng_state, load_scheduler, optimizer_state, rng_state,
     schedulers_in, sync_optimizer, unwrapped)
 from .sealed import (
     FORMAT, MARKER, check_checkpoint,
@@ -84,6 +85,9 @@ def save_checkpoint(
     return Path(path)
 
 # %% ../nbs/09_checkpoint.ipynb #c0086
+_RUN = dict(model=dict, optimizer=(dict, type(None)), rng=dict, parts=dict, head_lr_multipliers=None,
+            epoch=(int, float), step=int, data=None, scheduler=(dict, type(None)))
+
 def _check_asked(path, saved, optimizer, scheduler, parts):
     missing = sorted(parts.keys() - saved['parts'].keys())
     if missing: raise ValueError(
@@ -92,7 +96,9 @@ def _check_asked(path, saved, optimizer, scheduler, parts):
         if asked is not None and saved[name] is None: raise ValueError(
             f'{path} was saved without a {name}; '
             f'save_checkpoint(path, model, {name}=...) keeps it')
-    if optimizer is not None: check_kind(optimizer, saved['optimizer'])
+    if optimizer is None: return
+    try: check_kind(optimizer, saved['optimizer'])
+    except ValueError as e: raise ValueError(f'{path}: {e}') from e
 
 # %% ../nbs/09_checkpoint.ipynb #c0091
 def _load_run(model, saved, optimizer, scheduler, parts):
@@ -102,7 +108,7 @@ def _load_run(model, saved, optimizer, scheduler, parts):
         load_optimizer_state(optimizer, model, saved['optimizer'])
     if scheduler is not None:
         if has_optimizer: extend_scheduler(scheduler, optimizer)
-        scheduler.load_state_dict(saved['scheduler'])
+        load_scheduler(scheduler, saved['scheduler'])
     for name, part in parts.items(): part.load_state_dict(saved['parts'][name])
 
 # %% ../nbs/09_checkpoint.ipynb #c0089
@@ -115,26 +121,38 @@ def _check_fit(path, model, weights):
     odd = [k for k in weights if k not in own]
     odd += [k for k in own if k not in weights and owner_of(k) != 'gates']
     odd += [k for k, t in weights.items()
-            if k in own and t.shape != own[k].shape]
+            if k in own and getattr(t, 'shape', None) != own[k].shape]
     if odd: raise ValueError(
         f'{path}: {len(odd)} weights do not fit this {type(model).__name__}, '
         f'the first: {odd[0]}')
 
 # %% ../nbs/09_checkpoint.ipynb #bbf0e3cf
+def _read_pth(path):
+    "What a file of state dicts holds. Raises `ValueError` for anything that is more than tensors and plain values."
+    opened = open(path, 'rb')
+    try:
+        with opened, damaged(path): d = torch.load(opened, map_location='cpu', weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e: raise ValueError(
+        f'{path} cannot be read: {str(e)[:200]}. The file is damaged, or holds '
+        'more than tensors and plain values, and no code of a file is run') from e
+    if isinstance(d, dict): return d
+    raise ValueError(f'{path} holds a {type(d).__name__}; a dict of state dicts is needed')
+
 def _load_pth(path, model, optimizer):
     "A single file of state dicts, as earlier programs wrote it."
-    d = torch.load(path, map_location='cpu', weights_only=True)
+    d = _read_pth(path)
     weights = _first_of(d, 'model_state_dict', 'model_state',
                         'model', 'state_dict')
     moments = _first_of(d, 'optimizer_state_dict',
                         'optimizer_state', 'optimizer')
     if weights is None: raise ValueError(
-        f'{path} holds {sorted(map(str, d))}; a state dict under '
+        f'{path} holds {sorted(map(str, d))[:9]}; a state dict under '
         'model_state_dict, model_state, model or state_dict is needed')
     m = base_model(model)
+    check_fields(weights, f'{path}: the weights')
     _check_fit(path, m, weights)
     opt = None if optimizer is None else unwrapped(optimizer)
-    with transaction(model, opt):
+    with damaged(path), transaction(model, opt):
         will_write(*m.state_dict().values())
         m.load_state_dict(weights, strict=False)
         is_asked = optimizer is not None and moments is not None
@@ -157,11 +175,12 @@ def load_checkpoint(
     if path.is_file(): return _load_pth(path, model, optimizer)
     settle(path)
     if verify or not path.is_dir(): check_checkpoint(path)
-    saved = read_state(path)
+    saved = read_state(path, verify)
+    check_fields(saved, f'{path}', **_RUN)
     _check_asked(path, saved, optimizer, scheduler, parts)
     opt = None if optimizer is None else unwrapped(optimizer)
     counters = ('head_lr_multipliers', 'epoch', 'step', 'data')
-    with transaction(model, opt) as tx:
+    with damaged(path), transaction(model, opt) as tx:
         tx.hold(*schedulers_in(scheduler), *parts.values())
         restore_from(model, path, saved['model'])
         _load_run(model, saved, optimizer, scheduler, parts)

@@ -6,7 +6,7 @@
 __all__ = ['GenerateOptions', 'generate_cli']
 
 # %% ../nbs/12a_cli_generate.ipynb #eb402d8f
-import math, sys, time, torch, transformers
+import sys, time, torch, transformers
 from dataclasses import dataclass
 from .command import DEFAULT_MODEL, MODEL_HELP, Parser, check_place, default_model
 from .command import interruptible, load, need, opt, quiet, user_errors
@@ -50,10 +50,10 @@ _DRAWING = ('temperature', 'top_k', 'top_p')
 def _check_sampling(o):
     "Refuse values that can't be used, alone or together"
     t = o.temperature
-    need(o, o.max_new_tokens > 0, 'max_new_tokens', '1 or more')
-    need(o, t is None or 0 < t < math.inf, 'temperature',
+    need(o, 0 < o.max_new_tokens < 2**31, 'max_new_tokens', '1 or more')
+    need(o, t is None or 0 < t < 2**31, 'temperature',
          'above 0 (for the likeliest token each time: --do_sample false)')
-    need(o, o.top_k is None or o.top_k >= 0, 'top_k', '0 or more')
+    need(o, o.top_k is None or 0 <= o.top_k < 2**31, 'top_k', '0 or more')
     need(o, o.top_p is None or 0 < o.top_p <= 1, 'top_p', 'above 0, up to 1')
     need(o, 1 <= o.num_beams <= 256, 'num_beams', '1 to 256')
     need(o, o.seed is None or 0 <= o.seed < 2**32, 'seed', '0 up to 4294967295')
@@ -123,9 +123,9 @@ def generate_cli(
                     description='Continue a prompt with any decoder, its gates at work.')
     parser.add_argument('words', nargs='*', metavar='PROMPT', help='the prompt')
     o, pos = parser.parse(argv)
-    o.prompt = _prompt(o, pos.words, parser)
     quiet()
     with user_errors(prog):
+        o.prompt = _prompt(o, pos.words, parser)
         model, tok = load(o.model, device=o.device, dtype=o.dtype)
         ids = _encode(model, tok, o)
     if o.seed is not None: transformers.set_seed(o.seed)

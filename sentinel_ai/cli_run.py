@@ -42,10 +42,10 @@ class RunOptions:
 
     def __post_init__(self):
         block, most = self.block_size, self.max_tokens
-        need(self, block is None or block >= 2, 'block_size',
+        need(self, block is None or 2 <= block < 2**31, 'block_size',
              '2 up to the context of the model')
-        need(self, most is None or most > 0, 'max_tokens', '1 or more')
-        need(self, self.held >= 0, 'held', '0 (all) or more')
+        need(self, most is None or 0 < most < 2**53, 'max_tokens', '1 or more')
+        need(self, 0 <= self.held < 2**53, 'held', '0 (all) or more')
         need(self, self.dtype != 'auto', 'dtype', 'float32, bfloat16 or float16')
         check_place(self)
 
@@ -75,7 +75,20 @@ class Gates(GateRun):
 # %% ../nbs/12d_cli_run.ipynb #c0180
 _AT_LEAST_1 = ('per_device_train_batch_size', 'per_device_eval_batch_size',
                'gradient_accumulation_steps')
-_ABOVE_0 = ('num_train_epochs', 'learning_rate', 'logging_steps', 'save_steps')
+_ABOVE_0 = ('num_train_epochs', 'learning_rate', 'logging_steps', 'save_steps',
+            'adam_epsilon')
+_FROM_0 = ('weight_decay', 'max_grad_norm', 'warmup_steps',
+           'neftune_noise_alpha', 'eval_delay', 'dataloader_num_workers')
+_SHARES = 'adam_beta1', 'adam_beta2', 'label_smoothing_factor'
+_COUNTS = ('eval_accumulation_steps', 'save_total_limit', 'ddp_timeout',
+           'ddp_bucket_cap_mb')
+_SEEDS = 'seed', 'data_seed'
+
+def _check_each(args, names, ok, allowed):
+    "Refuse values of options that are given and not allowed"
+    for name in names:
+        value = getattr(args, name, None)
+        need(args, value is None or ok(value), name, allowed)
 
 def _check_numbers(args):
     "Refuse numbers that no run can use"
@@ -83,8 +96,11 @@ def _check_numbers(args):
         value = getattr(args, f.name)
         is_number = isinstance(value, float) or type(value) is int
         need(args, not is_number or abs(value) < 2**53, f.name, 'a finite number')
-    for name in _AT_LEAST_1: need(args, getattr(args, name) >= 1, name, '1 or more')
-    for name in _ABOVE_0: need(args, getattr(args, name) > 0, name, 'above 0')
+    _check_each(args, _AT_LEAST_1 + _COUNTS, lambda x: x >= 1, '1 or more')
+    _check_each(args, _ABOVE_0, lambda x: x > 0, 'above 0')
+    _check_each(args, _FROM_0, lambda x: x >= 0, '0 or more')
+    _check_each(args, _SHARES, lambda x: 0 <= x < 1, '0 up to, not including, 1')
+    _check_each(args, _SEEDS, lambda x: 0 <= x < 2**32, '0 up to 4294967295')
     need(args, args.max_steps < 0 or args.max_steps > 1, 'max_steps', '2 or more')
     every = args.eval_steps
     need(args, every is None or every > 0, 'eval_steps', 'above 0')

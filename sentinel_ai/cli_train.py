@@ -118,9 +118,8 @@ def _trained(model, tok, data, run, args):
     "Prune if that is asked for, and train"
     if run.params is None: return train_gates(model, data, run, args, tokenizer=tok)
     model.to(args.device)
-    with user_errors('sentinel-train'):
-        n = args.per_device_eval_batch_size
-        before = prune_units(model, data, run.params, n)
+    n = args.per_device_eval_batch_size
+    before = prune_units(model, data, run.params, n)
     res = train_gates(model, data, run, args, tokenizer=tok)
     counts = _counted(res.model)
     res.before = before
@@ -162,7 +161,8 @@ def train_cli(
     if o.text == 'python_docs': datasets.disable_progress_bars()
     with user_errors(prog): model, tok, data, folder = _prepare(o, args)
     _say_what(o, model, data, folder)
-    try: res = _trained(model, tok, data, run, args)
+    try:
+        with user_errors(prog): res = _trained(model, tok, data, run, args)
     except BaseException:
         if not any(folder.iterdir()): folder.rmdir()
         raise

@@ -153,6 +153,8 @@ def save_plot(
     path:str|Path, # Its ending says the format
 ):
     "One picture into one file, which is whole or not there."
+    if Path(path).is_dir(): raise IsADirectoryError(
+        f'{path} is a folder; give the name of a file')
     with whole(Path(path)) as tmp:
         ax.figure.savefig(tmp, dpi=80, bbox_inches='tight')
     plt.close(ax.figure)

@@ -12,11 +12,36 @@ from dataclasses import asdict
 from torch import nn
 from fastcore.basics import patch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from .foreign import check_fields
 from .heads import base_model, core_linear, fresh_config
 from .gates import is_merged
 from .adaptive import plain_class
 from .sentinel import GateConfig
 from .surgery import HeadPlan
+
+# %% ../nbs/07a_config.ipynb #ac1c22dc
+_MAYBE_DICT = (dict, type(None))
+_KINDS = dict(
+    base=dict, base_class=str, plan=_MAYBE_DICT, gates=dict,
+    biases=(list, tuple), skips=_MAYBE_DICT, agency=_MAYBE_DICT,
+    repaired=bool, weights=_MAYBE_DICT, sentinel_format=int)
+
+def _check_code(base):
+    "Raise `ValueError` for a base config that asks for code from elsewhere."
+    for key, value in base.items():
+        if isinstance(value, dict): _check_code(value)
+        is_foreign = 'implementation' in str(key) and isinstance(value, str) and '/' in value
+        if is_foreign: raise ValueError(
+            f'config.json asks for code from elsewhere: {key} is {value!r}; '
+            'give such a setting to from_pretrained if you trust it')
+
+def _check_claims(d):
+    "Raise `ValueError` for fields that are of another kind."
+    check_fields(d, 'config.json', **_KINDS)
+    names = [*d['biases'], *(d['weights'] or {}).values()]
+    odd = [x for x in names if not isinstance(x, str)]
+    if odd: raise ValueError(f'config.json holds {str(odd[0])[:40]!r} where a name should be')
+    _check_code(d['base'])
 
 # %% ../nbs/07a_config.ipynb #c0005
 FORMAT = 1
@@ -37,6 +62,7 @@ class SentinelConfig(PreTrainedConfig):
         skips=None, # Settings of skip pathways
         agency=None, # An `Agency` as a dict
         repaired=False, # Did `prune` change weights that are kept?
+        weights=None, # Checksums of the files of the weights
         sentinel_format=FORMAT, # Of this config
         **kwargs, # For `PreTrainedConfig`
     ):
@@ -44,11 +70,14 @@ class SentinelConfig(PreTrainedConfig):
         self.base_class = base_class
         self.plan = plan
         self.gates = gates or {}
-        self.biases = list(biases)
+        self.biases = biases or []
         self.skips = skips
         self.agency = agency
         self.repaired = repaired
+        self.weights = weights
         self.sentinel_format = sentinel_format
+        _check_claims(vars(self))
+        self.biases = list(self.biases)
         super().__init__(**kwargs)
 
 # %% ../nbs/07a_config.ipynb #c0071

@@ -13,6 +13,7 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch, patch_to
 from .ann import FEATURES, MEMORY, ANNController, Context, shift_to
+from .foreign import check_fields, damaged, inside, is_whole, open_tensors, read_json
 from .sentinel import open_prob
 from .io import staged, write_tensors, write_text
 from .measure import HeadStats
@@ -123,6 +124,19 @@ def save(self:ANNController,
         write_text(folder/'config.json', text + '\n')
 
 # %% ../nbs/05c_decide.ipynb #c0026
+def _check_width(width, held):
+    "Raise `ValueError` for a width that no tensor has."
+    widest = max((max(t.shape, default=1) for t in held.values()), default=0)
+    if not is_whole(width, 1, widest + 1): raise ValueError(
+        f'config.json says width={str(width)[:20]}; allowed is 1 to {widest}, the widest tensor')
+
+def _check_weights(net, held):
+    "Raise `ValueError` unless tensors are those of a network."
+    mine = {k: (t.shape, t.dtype) for k, t in net.state_dict().items() if not k.startswith('budget.')}
+    odd = sorted(k for k in mine.keys() | held.keys()
+                 if k not in mine or k not in held or mine[k] != (held[k].shape, held[k].dtype))
+    if odd: raise ValueError(f'{odd[0]} is not what a network of this width has')
+
 @patch_to(ANNController, cls_method=True)
 def pretrained(cls,
     schedule=None, # As for the class
@@ -130,15 +144,21 @@ def pretrained(cls,
     **rules, # `min_heads`, `protect`, `hysteresis`, `exchange`
 ) -> ANNController:
     "The network with trained weights and an empty memory."
-    from safetensors.torch import load_file
     folder = _SHIPPED if path is None else Path(path)
     if not (folder/'config.json').is_file(): raise FileNotFoundError(
         f'{folder} holds no controller (config.json and model.safetensors); save(path) writes one')
-    about = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    version = about.get('format')
+    file = inside(folder, 'config.json')
+    about = read_json(file)
+    with damaged(file): check_fields(about, 'the controller', format=int, width=int, features=list)
+    version, n = about['format'], len(about['features'])
     if version != 1 or about['features'] != list(FEATURES): raise ValueError(
-        f'{folder}: format {version!r} with {len(about.get("features", []))} inputs; '
+        f'{folder}: format {version!r} with {n} inputs; '
         f'this version reads 1 with {len(FEATURES)}: train it again')
-    res = cls(schedule, about['width'], **rules)
-    res.load_state_dict(load_file(folder/'model.safetensors'), strict=True)
+    weights = inside(folder, 'model.safetensors')
+    with open_tensors(weights) as f:
+        held = {name: f.get_tensor(name) for name in f.keys()}
+        _check_width(about['width'], held)
+        res = cls(schedule, about['width'], **rules)
+        _check_weights(res, held)
+        res.load_state_dict(held, strict=True)
     return res

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from transformers import TrainerCallback
+from .foreign import check_fields, check_whole, damaged, read_json
 from .io import write_text
 from .heads import UNITS
 from .gates import adapt, base_model, gate_values
@@ -61,7 +62,7 @@ def _check(self:GateRun):
     need(self.criterion in criteria, 'criterion', "'learned' or 'random'")
     need(self.mode in modes, 'mode', "'hard_concrete' or 'learned'")
     need(0 < self.learn <= 1, 'learn', 'above 0, up to 1')
-    need(self.gate_lr >= 0, 'gate_lr', '0 or more')
+    need(0 <= self.gate_lr < 2**53, 'gate_lr', 'a finite number, 0 or more')
 
 # %% ../nbs/10_learning.ipynb #c0016
 class GateCallback(TrainerCallback):
@@ -147,8 +148,14 @@ def state_dict(self:GateCallback) -> dict:
 @patch
 def load_state_dict(self:GateCallback, d:dict):
     "Go on with a record."
-    self.steps = d['steps']
-    self.gates = [torch.tensor(table, dtype=torch.float32) for table in d['gates']]
+    check_fields(d, 'the record of gates', steps=list, gates=list)
+    check_whole(d['steps'], 'steps', high=1 << 62)
+    gates = [torch.tensor(table, dtype=torch.float32) for table in d['gates']]
+    odd = [t.shape for t in gates if t.ndim != 2 or t.shape != gates[0].shape]
+    if odd or len(gates) != len(d['steps']): raise ValueError(
+        f'{len(gates)} tables of gates for {len(d["steps"])} steps')
+    self.steps = list(d['steps'])
+    self.gates = gates
 
 @patch
 def on_save(self:GateCallback, args, state, control, **kwargs):
@@ -177,7 +184,8 @@ def _continue_record(self:GateCallback, args, step):
     file = folder/_RECORD
     is_loaded = bool(self.steps) and self.steps[-1] >= step
     if is_loaded or not file.exists(): return
-    self.load_state_dict(json.loads(file.read_text()))
+    saved = read_json(file)
+    with damaged(file): self.load_state_dict(saved)
 
 @patch
 def on_train_begin(self:GateCallback, args, state, control, model=None, **kwargs):

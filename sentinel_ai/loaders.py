@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from .io import settle
+from .folder import check_scale, shapes_in, weight_files
 from .heads import UnsupportedArchitecture, base_model, check_decoder
 from .gates import adapt
 from .sentinel import GateConfig
@@ -115,6 +116,22 @@ def _explained(name, e):
     return None
 
 # %% ../nbs/07_loaders.ipynb #c0041
+_RAW = (LookupError, TypeError, AttributeError, ArithmeticError,
+        RecursionError, AssertionError, UnicodeError)
+
+def _unreadable(name, e):
+    "The error for files in a folder that break their reader, or None."
+    is_local = Path(name).expanduser().exists()
+    is_call = isinstance(e, TypeError) and 'keyword argument' in str(e)
+    is_strict = type(e).__name__.startswith('StrictDataclass')
+    is_raw = isinstance(e, _RAW) or is_strict or type(e) is RuntimeError
+    if not is_local or is_call or name in str(e): return None
+    if isinstance(e, OSError) and e.filename is None: return OSError(f'{name}: a file cannot be read ({e})')
+    if not is_raw and not isinstance(e, ValueError): return None
+    return ValueError(
+        f'{name}: its files cannot be read ({type(e).__name__}: {str(e)[:300]}). They are damaged, '
+        'incomplete, or of a version of transformers that is not this one')
+
 @contextmanager
 def explain(
     name:str, # The name as the user gave it
@@ -123,7 +140,7 @@ def explain(
     try: yield
     except UnsupportedArchitecture: raise
     except Exception as e:
-        better = _explained(name, e)
+        better = _explained(name, e) or _unreadable(name, e)
         if better is None: raise
         raise better from e
 
@@ -143,6 +160,17 @@ def _forget_quantization(model):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
+
+def _check_size(cfg, path, kwargs):
+    "Refuse a config that asks for code from elsewhere, or is larger than its weights by far."
+    for name in ('attn_implementation', 'experts_implementation'):
+        asked = getattr(cfg, f'_{name}', None)
+        if name in kwargs or '/' not in str(asked): continue
+        raise ValueError(f'{path}: config.json asks for code from elsewhere, {name}={asked!r}; '
+                         f'give {name} yourself if you trust it')
+    if cfg.model_type == 'sentinel': return              # looks for itself
+    where = {key: kwargs[key] for key in ('revision', 'cache_dir', 'subfolder', 'variant') if key in kwargs}
+    check_scale(path, cfg.get_text_config(), shapes_in(weight_files(path, **where)))
 
 # %% ../nbs/07_loaders.ipynb #c0016
 _WHERE = (
@@ -166,6 +194,7 @@ def load_baseline_model(
         cfg = kwargs.get('config')
         if not cfg: cfg = AutoConfig.from_pretrained(path, **where, **extra)
         _check_config(cfg, model_name)
+        if not extra: _check_size(cfg, path, kwargs)
         model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
     if extra: _forget_quantization(model)
     check_decoder(model)

@@ -10,16 +10,16 @@ __all__ = ['channel_slices', 'channels_by_layer', 'local_channels', 'read_channe
 # %% ../nbs/04a_memory.ipynb #4bcec2c9
 import os, torch
 from pathlib import Path
-from safetensors import safe_open
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .foreign import check_fields, damaged, is_whole, open_tensors
 from .heads import base_model, param_at
 from .state import transaction
 from .slices import channel_slices, channels_by_layer, local_channels
 from .slices import read_channels, read_head, read_slices, sole
 from .slices import write_channels, write_head, write_slices
 from .records import DTYPES, HeadRecord, UnitRecord, pack, unpack
-from .records import flat_record, file_meta, unflat_record, write_record_file
+from .records import check_record, flat_record, file_meta, unflat_record, write_record_file
 from .remember import HeadMemory, UnitMemory
 
 # %% ../nbs/04a_memory.ipynb #a544762d
@@ -170,7 +170,7 @@ def _check_key(path, i, key, parts):
     "Raise unless a key is two numbers and has its tensors."
     is_pair = isinstance(key, list) and len(key) == 2
     kind, names = ('channels', '[layer, batch]') if i.startswith('c') else ('head', '[layer, head]')
-    if not is_pair or not all(type(x) is int and x >= 0 for x in key):
+    if not is_pair or not all(map(is_whole, key)):
         raise ValueError(
             f'{path}: record {i} is of the {kind} {key!r}; a key is two whole '
             f'numbers, {names}. The file is damaged or was tampered with')
@@ -179,28 +179,48 @@ def _check_key(path, i, key, parts):
         'the file is damaged')
 
 # %% ../nbs/04a_memory.ipynb #c0103
-def _read_all(path):
+_LISTS = dict(dtype=str, limit=(int, type(None)), moments=bool, heads=list)
+
+def _read_all(path, verify):
     "What a file of `save` says, and its tensors by the number of their record."
     parts = {}
-    with safe_open(path, 'pt') as f:
+    with open_tensors(path, verify) as f:
         meta = file_meta(path, f)
+        check_fields(meta, 'the memory', **_LISTS)
+        check_fields(dict(channels=[]) | meta, 'the memory', channels=list)
         for name in f.keys():
             i, _, rest = name.partition('|')
             if rest: parts.setdefault(i, {})[rest] = f.get_tensor(name)
     return meta, parts
 
+def _records_of(path, meta, parts):
+    "All records by their keys, checked."
+    heads = [(str(i), x) for i, x in enumerate(meta['heads'])]
+    batches = [(f'c{i}', x) for i, x in enumerate(meta.get('channels', []))]
+    records = {}
+    for i, (key, about) in heads + batches:
+        _check_key(path, i, key, parts)
+        record = unflat_record(parts[i], about)
+        check_record(record)
+        key = ('channels', *key) if i.startswith('c') else tuple(key)
+        if key in records: raise ValueError(f'{key} is there twice')
+        if (len(key) == 3) != bool(record.tables): raise ValueError(f'{key} is a record of the other kind')
+        records[key] = record
+    lost = sorted(parts.keys() - {i for i, _ in heads + batches})
+    if lost: raise ValueError(f'nothing is said about the tensors of record {lost[0]}')
+    return records
+
+# %% ../nbs/04a_memory.ipynb #d375a71c
 @patch(cls_method=True)
 def load(cls:UnitMemory,
     path:str|os.PathLike, # What `save` wrote
     folder=None, # Keep the records there
+    verify:bool=True, # Compare the file with its seal
 ) -> UnitMemory:
     "Read what `save` wrote. Raises `ValueError` for anything else."
-    meta, parts = _read_all(path)
-    heads = [(str(i), x) for i, x in enumerate(meta['heads'])]
-    batches = [(f'c{i}', x) for i, x in enumerate(meta.get('channels', []))]
-    for i, (key, _) in heads + batches: _check_key(path, i, key, parts)
-    res = cls(folder, meta['dtype'], meta['limit'], meta['moments'])
-    for i, (key, about) in heads: res.put(tuple(key), unflat_record(parts[i], about))
-    for i, (key, about) in batches:
-        res.put(('channels', *key), unflat_record(parts[i], about))
+    meta, parts = _read_all(path, verify)
+    with damaged(path):
+        records = _records_of(path, meta, parts)
+        res = cls(folder, meta['dtype'], meta['limit'], meta['moments'])
+    for key, record in records.items(): res.put(key, record)
     return res

@@ -159,7 +159,9 @@ def enough_ridge(
     mean:Float[Tensor, ' k']|None=None, # Its square sets how far rounding reaches
     own:bool=False, # As for `ridge`
 ) -> tuple: # λ, and the Cholesky factor of `ridge(C, λ)`
-    "λ if it makes C invertible, else as much as is needed."
+    "λ if it makes C invertible, else as much as is needed. Raises `ValueError` for a λ that is no share."
+    if not 0 <= lam <= 1e6: raise ValueError(
+        f'ridge={lam}: allowed is a number from 0 to 1,000,000, as a share of the variance')
     if not C.isfinite().all(): raise ValueError(
         'the covariance holds NaN or infinity; '
         'measure on text for which the model gives finite values')

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .channels import ChannelMap, Sites
 from .heads import HeadMap, markdown_table
-from .unit_plan import ChannelPlan, UnitPlan, check_grown, existing
+from .foreign import LARGEST, check_fields, check_whole, is_whole
+from .unit_plan import ChannelPlan, UnitPlan, check_counts, check_grown, existing
 
 # %% ../nbs/00b_plan.ipynb #d016dca9
 _all_ = ['ChannelPlan', 'UnitPlan', 'existing']  # from the chapter before, and found here too
@@ -232,33 +233,52 @@ def to_dict(self:HeadPlan) -> dict:
 
 # %% ../nbs/00b_plan.ipynb #c0030
 _NEEDED = {'model_type', 'heads', 'kv_heads', 'removed'}
+_KINDS = dict(model_type=str, heads=list, kv_heads=list, removed=list, columns=list, info=dict, grown=list)
 
 def _check_format(d):
     "Raise `ValueError` unless this is a plan that this release can read."
     is_plan = isinstance(d, dict) and 'version' in d
     if not is_plan: raise ValueError(
         f'no plan: a dict with a version is needed, {str(d)[:60]!r} was given')
+    check_fields(d, 'the plan', version=int)
     if d['version'] > FORMAT: raise ValueError(
         f"the plan has format version {d['version']}, "
         f'this sentinel_ai reads up to {FORMAT}; update sentinel_ai')
     missing = _NEEDED - d.keys()
     if missing: raise ValueError(
         f'the plan lacks {sorted(missing)}; it is incomplete')
+    check_fields(dict(columns=[], info={}, grown=[]) | d, 'the plan', **_KINDS)
 
 # %% ../nbs/00b_plan.ipynb #728cd4db
 def _check_layers(d):
     "Raise `ValueError` for entries about layers that contradict each other."
+    check_counts(d['heads'], 'heads of the plan')
+    check_counts(d['kv_heads'], 'kv_heads of the plan')
     n, kv, gone = len(d['heads']), len(d['kv_heads']), len(d['removed'])
     if not n == gone == kv: raise ValueError(
         f'the plan speaks of {n} layers in heads, '
         f'{kv} in kv_heads and {gone} in removed')
     for l, (n, heads) in enumerate(zip(d['heads'], d['removed'])):
+        check_whole(heads, f'what the plan removes of layer {l}', low=-LARGEST, once=True)
         bad = [h for h in heads if not 0 <= h < n]
         if bad: raise ValueError(f'the plan removes head {bad[0]} '
                                  f'of layer {l}, which has heads 0 to {n-1}')
+    for l, (n, kv) in enumerate(zip(d['heads'], d['kv_heads'])):
+        if kv > n: raise ValueError(f'the plan has {kv} KV heads in layer {l}, which has {n} heads')
+    check_whole(d.get('columns', []), 'columns of the plan', high=max(len(d['heads']), 1), once=True)
+
+def _is_grown(row):
+    "Is this what `grown_heads` says of a layer?"
+    is_row = isinstance(row, (list, tuple)) and len(row) == 4 and all(map(is_whole, row[:3]))
+    def is_new(x): return isinstance(x, (list, tuple)) and len(x) == 3 and all(isinstance(v, int) for v in x)
+    return is_row and row[2] > 0 and isinstance(row[3], (list, tuple)) and all(map(is_new, row[3]))
 
 def _check_grown_heads(d):
     "Raise `ValueError` if the heads that were added don't add up."
+    odd = [row for row in d.get('grown', []) if not _is_grown(row)]
+    if odd: raise ValueError(
+        f'the plan says {str(odd[0])[:60]} of heads that grew; a layer, its heads, '
+        'its KV heads and a list of new ones are needed')
     grown = [(l, n, new) for l, n, _, new in d.get('grown', [])]
     check_grown(d['heads'], grown, 'heads')
 

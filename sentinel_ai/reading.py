@@ -9,7 +9,7 @@ __all__ = ['SentinelForCausalLM']
 import math, os, torch
 from torch import nn
 from fastcore.basics import patch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .io import settle
 from .heads import core_linear, out_features
 from .gates import adapt
@@ -22,18 +22,26 @@ from .wiring import (
     unwire_attention, wire_attention)
 from .unet import add_skips
 from .agency import Agency
+from .folder import (
+    check_built, check_scale, check_sums, shapes_in, weight_files)
 from .loaders import explain
 from .config import SentinelConfig
 from .removed import recall_removed
 
 # %% ../nbs/07a_reading.ipynb #c0009
+def _fits(cls, base):
+    "Is this a class of models that are built from such a config?"
+    is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+    return is_model and cls.config_class is not None and isinstance(base, cls.config_class)
+
 def _base_type(config):
     "The model class that the config names, else the one registered for its base."
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    base = config.base_config()
     named = getattr(transformers, config.base_class, None)
-    if named is not None: return named
-    try: cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config())]
+    if _fits(named, base): return named
+    try: cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(base)]
     except KeyError: raise ValueError(
         f'the model class {config.base_class!r} is not known '
         'to this version of transformers; update it') from None
@@ -55,19 +63,22 @@ def _add_units(model, config):
     adapt(model, gates)
     if config.skips is not None: add_skips(model, **config.skips)
 
-def _shaped(config):
-    "A subclass of the base class that is built in the plan's shape."
+def _shaped(config, path='', files=lambda: ()):
+    "A subclass of the base class that is built in the plan's shape. `files`: those of its weights."
     base = _base_type(config)
     def init(self, cfg, *args, **kwargs):
+        shapes = shapes_in(files())
+        check_scale(path, cfg.get_text_config(), shapes)
         base.__init__(self, cfg, *args, **kwargs)
         self.__class__ = base
         _add_biases(self, config)
         with torch.device('cpu'): _add_units(self, config)
+        check_built(path, self, shapes)
         self.__class__ = base                            # until it is loaded
     setting = '_keep_in_fp32_modules_strict'
     keep = {*(getattr(base, setting, None) or ()), 'sentinel'}
     skips = config.skips
-    is_wide = skips is not None and skips['dtype'] == 'float32'
+    is_wide = skips is not None and skips.get('dtype') == 'float32'
     if is_wide: keep |= {'sentinel_skips'}
     members = dict(__init__=init, __module__=base.__module__)
     members[setting] = keep
@@ -81,10 +92,10 @@ def _without_gates(model, config, missing):
     gates = {f'{s.path}.sentinel.gate': s.mlp.sentinel for s in of}
     return gates if gates.keys() <= missing else {}
 
-def _read_weights(path, config, base, *args, **kwargs):
+def _read_weights(path, config, base, files, *args, **kwargs):
     "The model in the plan's shape and what its loader has to say."
     with explain(path):
-        try: return _shaped(config).from_pretrained(
+        try: return _shaped(config, path, files).from_pretrained(
             path, *args, config=base, output_loading_info=True, **kwargs)
         except RuntimeError as e:
             if 'mismatch' not in str(e): raise
@@ -120,6 +131,36 @@ def _open_gates(model, no_gates):
         sentinel = site.module.sentinel
         sentinel.gate.requires_grad_(sentinel.mode == 'learned')
 
+# %% ../nbs/07a_reading.ipynb #9fea7a38
+def _weights_of(path, hub, variant):
+    "A function that finds the files of the weights, once they are there."
+    def files(): return weight_files(path, variant, **hub)
+    return files
+
+def _finish(model, path, config, info):
+    "Class, gates, tables and agency of a model whose weights are read."
+    no_gates = _without_gates(model, config, set(info['missing_keys']))
+    _check_all_read(path, info, no_gates)
+    model.__class__ = adaptive_class(_base_type(config))
+    _open_gates(model, no_gates)
+    _rewire(model)
+    if config.agency is not None: Agency.from_dict(config.agency).attach(model)
+
+def _read(path, config, hub, verify, *args, **kwargs):
+    "The model of a folder, and what its loader has to say."
+    base = config.base_config()
+    _to_base(base, kwargs)
+    attention = getattr(config, '_attn_implementation_internal', None)
+    if attention: kwargs.setdefault('attn_implementation', attention)
+    files = _weights_of(path, hub, kwargs.get('variant'))
+    model, info = _read_weights(path, config, base, files, *args, **kwargs)
+    if verify: check_sums(path, files(), config.weights)
+    _finish(model, path, config, info)
+    recall_removed(model, path, hub, verify)
+    repairs = model.sentinel.repairs
+    if config.repaired: repairs.lost |= not repairs.changed
+    return model, info
+
 # %% ../nbs/07a_reading.ipynb #c0055
 class SentinelForCausalLM:
     "What `AutoModelForCausalLM` finds; instances are of the base's adaptive class."
@@ -128,29 +169,14 @@ class SentinelForCausalLM:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args,
-        config=None, output_loading_info=False, **kwargs,
+        config=None, output_loading_info=False, verify=True, **kwargs,
     ):
-        "As in transformers. Raises `ValueError` when weights and plan don't fit."
+        "As in transformers. Raises `ValueError` when weights and plan don't fit; `verify`: compare checksums."
         path = os.fspath(pretrained_model_name_or_path)
         settle(path)
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         config = config or SentinelConfig.from_pretrained(path, **hub)
-        base = config.base_config()
-        _to_base(base, kwargs)
-        attention = getattr(config, '_attn_implementation_internal', None)
-        if attention:
-            kwargs.setdefault('attn_implementation', attention)
-        model, info = _read_weights(path, config, base, *args, **kwargs)
-        no_gates = _without_gates(model, config, set(info['missing_keys']))
-        _check_all_read(path, info, no_gates)
-        model.__class__ = adaptive_class(_base_type(config))
-        _open_gates(model, no_gates)
-        _rewire(model)
-        if config.agency is not None:
-            Agency.from_dict(config.agency).attach(model)
-        recall_removed(model, path, hub)
-        repairs = model.sentinel.repairs
-        if config.repaired: repairs.lost |= not repairs.changed
+        with explain(path): model, info = _read(path, config, hub, verify, *args, **kwargs)
         return (model, info) if output_loading_info else model
 
 # %% ../nbs/07a_reading.ipynb #c0017

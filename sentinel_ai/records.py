@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'HeadRecord', 'pack', 'unpack', 'UnitRecord', 'packed_record', 'flat_record', 'unflat_record',
-           'write_record_file', 'file_meta', 'read_record']
+           'write_record_file', 'check_record', 'file_meta', 'read_record']
 
 # %% ../nbs/04a_records.ipynb #9ab1ef0e
 import json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
-from safetensors import safe_open
 from torch import Tensor
 from fastcore.basics import patch
+from .foreign import check_fields, check_whole, open_tensors
 from .io import write_tensors
 from .state import will_replace
 
@@ -134,10 +134,14 @@ def unflat_record(
 ) -> UnitRecord:
     "The inverse of `flat_record`."
     rec = UnitRecord({}, {}, meta)
+    homes = dict(values=(rec.values, 2), moments=(rec.moments, 3))
     for name, t in tensors.items():
         kind, *path, k = name.split('|')
-        if kind == 'tables': rec.tables[k] = t
-        else: getattr(rec, kind).setdefault(tuple(path), {})[k] = t
+        if kind == 'tables' and not path: rec.tables[k] = t
+        else:
+            home, n = homes[kind]
+            if len(path) != n: raise ValueError(f'{name!r} is no name of a slice')
+            home.setdefault(tuple(path), {})[k] = t
     return rec
 
 # %% ../nbs/04a_records.ipynb #c0038
@@ -150,6 +154,48 @@ def write_record_file(
     "Write tensors and what is said about them; a transaction can take it back."
     will_replace(path)
     write_tensors(path, tensors, head_memory=version, meta=json.dumps(meta))
+
+# %% ../nbs/04a_records.ipynb #3101d5ed
+_META = dict(dtype=str, error=(int, float), worth=(int, float), step=(int, type(None)))
+
+def _check_packed(packed, what):
+    "Raise `ValueError` unless this is what `pack` gives."
+    data, scale = packed.get('data'), packed.get('scale')
+    if data is None or packed.keys() - {'data', 'scale'}: raise ValueError(
+        f'{what} holds {sorted(packed)}; data is needed, and scale for int8')
+    has_scale = data.dtype == torch.int8
+    if not has_scale and not data.is_floating_point(): raise ValueError(f'{what} is of {data.dtype}')
+    if has_scale != (scale is not None): raise ValueError(f'{what} is of {data.dtype}, which does not fit its scale')
+    if has_scale and scale.shape != (*data.shape[:-1], 1): raise ValueError(
+        f'{what} has scales of shape {list(scale.shape)} for data of {list(data.shape)}')
+
+def _check_tables(record):
+    "Raise `ValueError` unless all that is known of channels has a row for each."
+    units = record.tables.get('units')
+    if units is None: raise ValueError('the numbers of the channels are missing')
+    check_whole(units.tolist() if units.ndim == 1 else None, 'channels', once=True)
+    n = len(units)
+    for name, t in record.tables.items():
+        if t.shape != (n,): raise ValueError(f'{name} has shape {list(t.shape)} for {n} channels')
+    for (name, part), packed in record.values.items():
+        for t in packed.values():
+            if t.ndim < 2 or len(t) != n: raise ValueError(
+                f'{part} of {name} has shape {list(t.shape)} for {n} channels')
+
+def check_record(
+    record:UnitRecord, # From a file
+):
+    "Raise `ValueError` unless it holds what a record of heads or channels holds."
+    check_fields(record.meta, 'the record', **_META)
+    if record.meta['dtype'] not in DTYPES: raise ValueError(f"dtype {record.meta['dtype']!r}: allowed is one of {DTYPES}")
+    if not any(part == 'o' for _, part in record.values): raise ValueError('its output columns are missing')
+    for key, packed in [*record.values.items(), *record.moments.items()]: _check_packed(packed, '|'.join(key))
+    for key, packed in record.moments.items():
+        of = record.values.get(key[:2])
+        if of is None or of['data'].shape != packed['data'].shape: raise ValueError(
+            f'the moments {"|".join(key)} have no slice of their shape')
+    if record.tables or record.meta.get('kind') == 'channels': return _check_tables(record)
+    check_fields(record.meta, 'the record', gate=(int, float), stats=dict)
 
 # %% ../nbs/04a_records.ipynb #056f989d
 def file_meta(
@@ -167,6 +213,8 @@ def read_record(
     path, # A file of one record
 ) -> UnitRecord:
     "Open the file of a record."
-    with safe_open(path, 'pt') as f:
+    with open_tensors(path) as f:
         meta = file_meta(path, f)
-        return unflat_record({k: f.get_tensor(k) for k in f.keys()}, meta)
+        record = unflat_record({k: f.get_tensor(k) for k in f.keys()}, meta)
+        check_record(record)
+    return record

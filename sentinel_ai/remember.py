@@ -10,6 +10,7 @@ import os, warnings, torch
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
+from .foreign import check_inside
 from .heads import base_model
 from .gates import adapt, gate_values, is_adaptive
 from .surgery import local_head, original_heads
@@ -53,7 +54,9 @@ def _said(key):
 
 @patch
 def _file(self:UnitMemory, key):
-    return self.folder/f"{'-'.join(map(str, key))}.safetensors"
+    file = self.folder/f"{'-'.join(map(str, key))}.safetensors"
+    check_inside(self.folder, file)
+    return file
 
 @patch
 def __getitem__(self:UnitMemory, key) -> UnitRecord:
@@ -211,13 +214,54 @@ def _keep_channels(self:UnitMemory, m, channels, stats, optimizer, step):
         numbers = [key[2] for key in self.batches(layer)]
         self.put(('channels', layer, max(numbers, default=-1) + 1), rec)
 
+# %% ../nbs/04a_remember.ipynb #dc4f6491
+def _check_slices(key, record, values):
+    "Raise `ValueError` unless a record's slices have the shapes of a unit that is there."
+    for name, t in record.tensors().items():
+        want = values.get(name)
+        if want is None: continue
+        mine, theirs = (t.shape[1:], want.shape[1:]) if len(key) == 3 else (t.shape, want.shape)
+        if mine != theirs: raise ValueError(
+            f'the memory holds {_said(key)} with {name[0]} of {list(mine)}, '
+            f'this model has {list(theirs)}; it is the memory of another model')
+
+@patch
+def _check_key(self:UnitMemory, m, key):
+    "Raise `ValueError` unless the model was built with these units."
+    kind, layer = ('channels', key[1]) if len(key) == 3 else ('heads', key[0])
+    units = self.units[key] if len(key) == 3 else torch.tensor([key[1]])
+    exists = m.sentinel.plan.of_kind(kind).exists
+    is_there = layer < len(exists) and bool((units < exists.shape[1]).all())
+    if not is_there or not exists[layer, units].all(): raise ValueError(
+        f'the memory holds {_said(key)}, with which this model was not built; '
+        'it is the memory of another model')
+
+@patch
+def check_fits(self:UnitMemory,
+    model:nn.Module, # An adapted model
+):
+    "Raise `ValueError` for records of units that this model can't have."
+    m, now, first = base_model(model), base_model(model).sentinel.now, {}
+    for key in self.records:
+        self._check_key(m, key)
+        kind, layer = ('channels', key[1]) if len(key) == 3 else ('heads', key[0])
+        site = getattr(now, kind).sites[layer]
+        if site is None or not site.n: continue
+        if (kind, layer) not in first:
+            read = read_channels(site, torch.tensor([0])) if kind == 'channels' else read_head(site, 0)
+            first[kind, layer] = read[0]
+        _check_slices(key, self[key], first[kind, layer])
+
 # %% ../nbs/04a_remember.ipynb #c0061
 @patch
 def attach(self:UnitMemory,
     model:nn.Module, # Any decoder; it is adapted if it isn't
 ) -> UnitMemory: # Itself
     "Remember what `prune` or `close_heads` closes from now on."
-    with transaction(model): need_state(adapt(model)).memory = self
+    with transaction(model):
+        state = need_state(adapt(model))
+        self.check_fits(model)
+        state.memory = self
     return self
 
 @patch

@@ -7,7 +7,10 @@ __all__ = ['save_removed', 'recall_removed']
 
 # %% ../nbs/07a_removed.ipynb #a6b3790d
 import json, torch
+from pathlib import Path
 from torch import nn
+from .foreign import (
+    LARGEST, check_fields, check_inside, check_whole, open_tensors)
 from .io import write_tensors
 from .state import RepairLog
 from .stash import full_param
@@ -85,12 +88,23 @@ def save_removed(
     write_tensors(path, tensors or {'none': torch.zeros(1)}, **header)
 
 # %% ../nbs/07a_removed.ipynb #c0035
+def _check_info(info, n):
+    "Raise `ValueError` for facts that no file of `n` tensors has."
+    check_fields(info, 'info')
+    check_fields(dict(repaired=[], predictors=[], channels=[], bridges=[]) | info, 'info',
+                 repaired=list, predictors=list, channels=list, bridges=list)
+    for unit in info.get('predictors', ()): check_whole([*unit, len(unit)], 'a predicted head')
+    for layer, count in info.get('channels', ()): check_whole([layer, count], 'predicted channels', high=n + LARGEST)
+    total = sum(count for _, count in info.get('channels', ()))
+    if total > n: raise ValueError(f'{total} records of channels are listed, the file has {n} tensors')
+
 class _Held:
     "An open memory file."
     def __init__(self, file):
         self.file = file
         self.keys = set(file.keys())
-        self.info = json.loads(file.metadata()['info'])
+        self.info = json.loads((file.metadata() or {})['info'])
+        _check_info(self.info, len(self.keys))
 
     def get(self, key): return self.file.get_tensor(key)
     def record(self, at, keys): return {key: self.get(f'{at}/{key}') for key in keys}
@@ -131,28 +145,70 @@ def _read_repairs(held, m):
     return RepairLog(changed, predictors, channels, bridges)
 
 # %% ../nbs/07a_removed.ipynb #c0065
+def _check_parts(name, record, parts, p):
+    "Raise `ValueError` unless parts are what was cut out of a parameter."
+    dim, lost = record['dim'], record['size'] - p.shape[record['dim']]
+    indices = [i for index, _ in parts for i in index.tolist()]
+    check_whole(indices, f'what was cut out of {name}', high=record['size'], once=True)
+    rest = [*p.shape[:dim], *p.shape[dim+1:]]
+    for index, part in parts:
+        is_like = part.ndim == p.ndim and part.is_floating_point() == p.is_floating_point()
+        shape = [*part.shape[:dim], *part.shape[dim+1:]]
+        if not is_like or part.shape[dim] != len(index) or shape != rest: raise ValueError(
+            f'{list(part.shape)} was cut out of {name}, which is {list(p.shape)}')
+    if len(indices) not in (0, lost): raise ValueError(
+        f'{len(indices)} entries were cut out of {name}, which lacks {lost}')
+
+def _check_names(m, info):
+    "Raise `ValueError` for layers and parameters that the model doesn't have."
+    own = {name for name, _ in m.named_parameters(remove_duplicate=False)}
+    odd = [name for name in info.get('repaired', ()) if name not in own]
+    if odd: raise ValueError(f'{str(odd[0])[:60]!r} was repaired, and the model has no such parameter')
+    bridges = [layer for _, layer, *_ in info.get('bridges', ())]
+    layers = [unit[0] for key in ('predictors', 'channels') for unit in info.get(key, ())]
+    check_whole(layers + bridges, 'layers that were repaired', high=len(m.sentinel.built.heads.sites))
+
+def _check_changed(m, changed):
+    "Raise `ValueError` unless what was repaired has the shapes of the model's parameters."
+    for name, tensors in changed.items():
+        shape = full_param(m, name).shape
+        odd = [t.shape for t in tensors if t is not None and t.shape != shape]
+        if odd: raise ValueError(f'{name} was {list(odd[0])} before its repair and is {list(shape)}')
+
+# %% ../nbs/07a_removed.ipynb #6c6b3367
+def _recall_parts(m, held):
+    "Give the stash what was cut out."
+    stash = m.sentinel.stash
+    found = {name: held.parts(name) for name in stash if name in held.info}
+    for name, parts in found.items(): _check_parts(name, stash[name], parts, m.get_parameter(name))
+    for name, parts in found.items(): stash[name]['parts'] = parts
+    _check_names(m, held.info)
+    repairs = _read_repairs(held, m)
+    _check_changed(m, repairs.changed)
+    m.sentinel.repairs = repairs
+
 def recall_removed(
     m:nn.Module, # A loaded model
     path, # Its folder, or its name on the Hub
     hub:dict, # Settings for the Hub: `revision`, `token`, …
+    verify:bool=True, # Compare files with their seals
 ):
     "Give a loaded model its memory, if it was saved."
-    from safetensors import safe_open
     from transformers.utils import cached_file
-    def find(name): return cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, **hub)
+    def find(name):
+        file = cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, **hub)
+        if file is not None: check_inside(Path(file).parent, file)
+        return file
     heads = find(HEADS_FILE)
-    if heads is not None: HeadMemory.load(heads).attach(m)
+    if heads is not None: HeadMemory.load(heads, verify=verify).attach(m)
     file = find(MEMORY_FILE)
     offloaded = any(p.is_meta for p in m.parameters())
     if file is None or offloaded: return
-    with safe_open(file, 'pt') as opened:
-        version = int(opened.metadata().get('sentinel_memory', 0))
+    with open_tensors(file, verify) as opened:
+        version = int((opened.metadata() or {}).get('sentinel_memory', 0))
         if version > FORMAT: raise ValueError(
             f'{file}: format {version}; this version reads up to {FORMAT}; '
             'pip install -U sentinel-ai')
-        held = _Held(opened)
-        for name, record in m.sentinel.stash.items():
-            if name in held.info: record['parts'] = held.parts(name)
-        m.sentinel.repairs = _read_repairs(held, m)
+        _recall_parts(m, _Held(opened))

@@ -112,7 +112,7 @@ def check_values(self:PruneRequest, heads):
     check_allowed(is_count, f'rounds={r!r}', 'None or a whole number of 1 or more')
     is_least = isinstance(n, int) and 0 <= n <= least
     check_allowed(is_least, f'min_heads={n!r}', f'0 to {least}')
-    check_allowed(self.ridge > 0, f'ridge={self.ridge!r}', 'above 0')
+    check_allowed(0 < self.ridge <= 1e6, f'ridge={self.ridge!r}', 'above 0, up to 1,000,000')
     text = 'calibration text: token ids, a DataLoader or a data set'
     check_allowed(self.batches is not None, 'batches=None', text)
 

@@ -6,13 +6,14 @@
 __all__ = ['INNER', 'model_state', 'check_shape', 'reshape', 'load_weights', 'restore_from', 'restore']
 
 # %% ../nbs/09_reshape.ipynb #2ceb73cc
-import json, torch
+import torch
 from dataclasses import asdict
 from pathlib import Path
 from torch import nn
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from .foreign import check_fields, check_inside, damaged, open_tensors
 from .io import read_state
+from .folder import weight_files
 from .heads import base_model, core_linear, out_features
 from .site import owner_of, own_parameters
 from .gates import adapt, check_edit, is_adaptive
@@ -76,6 +77,20 @@ def model_state(
     return res | _adaptive_state(m)
 
 # %% ../nbs/09_reshape.ipynb #c0055
+_MAYBE_DICT = dict, type(None)
+_SAVED = dict(cls=str, shapes=dict, adaptive=bool, skips=_MAYBE_DICT)
+_ADAPTIVE = dict(
+    plan=dict, compact=bool, gates=dict, biases=(list, tuple), info=_MAYBE_DICT,
+    moments=dict, agency=_MAYBE_DICT)
+
+def _check_saved(saved):
+    "Raise `ValueError` unless all is there that `model_state` writes, each of its kind."
+    check_fields(saved, 'the model', **_SAVED)
+    if not saved['adaptive']: return
+    check_fields(saved, 'the model', **_ADAPTIVE)
+    check_fields(saved['gates'], 'the gates', dtype=str)
+    GateConfig(**saved['gates'])
+
 def _biases_of(m): return extra_biases(m) if is_adaptive(m) else ()
 
 def _check_shapes(m, saved):
@@ -110,6 +125,7 @@ def check_shape(
     saved:dict, # What `model_state` gave
 ):
     "Raise `ValueError` unless the model can be brought to the saved shape."
+    _check_saved(saved)
     m = base_model(model)
     cls = plain_class(m).__name__
     if cls != saved['cls']: raise ValueError(
@@ -180,9 +196,10 @@ def reshape(
 
 # %% ../nbs/09_reshape.ipynb #c0069
 def _files(path):
-    index = Path(path)/'model.safetensors.index.json'
-    if not index.exists(): return ['model.safetensors']
-    return sorted({*json.loads(index.read_text())['weight_map'].values()})
+    "The files of the weights. Raises `FileNotFoundError` where there is none."
+    files = weight_files(path)
+    if files: return files
+    raise FileNotFoundError(f'{path} holds no weights (model.safetensors)')
 
 def _copy_tensor(own, name, t):
     mine = own[name]
@@ -194,7 +211,7 @@ def _copy_tensor(own, name, t):
 
 def _copy_file(own, file):
     "Copy tensors. Their addresses, or None where a name isn't the model's."
-    with safe_open(file, 'pt') as weights:
+    with open_tensors(file, verify=False) as weights:
         names = list(weights.keys())
         if any(name not in own for name in names): return None
         for name in names: _copy_tensor(own, name, weights.get_tensor(name))
@@ -227,8 +244,8 @@ def load_weights(
     m = base_model(model)
     own = m.state_dict()
     seen = set()
-    for name in _files(path):
-        copied = _copy_file(own, Path(path)/name)
+    for file in _files(path):
+        copied = _copy_file(own, file)
         if copied is None: return _load_converted(m, path)
         seen |= copied
     lost = [k for k, t in own.items() if t.data_ptr() not in seen and t.numel()]
@@ -241,6 +258,7 @@ def _restore_observers(m, saved, files, folder, log):
     "Memory and agency, in the folder and log that this model had."
     heads = Path(files)/HEADS_FILE
     has_memory = folder is not None and heads.exists()
+    if has_memory: check_inside(files, heads)
     if has_memory: HeadMemory.load(heads, folder).attach(m)
     agency = saved.get('agency')
     if agency is not None: Agency.from_dict(agency, log).attach(m)
@@ -252,14 +270,14 @@ def restore_from(
     optimizer=None, # Its moments are cut along
 ) -> nn.Module: # The same model
     "`restore` of what was read already."
-    check_shape(model, saved)
+    with damaged(path): check_shape(model, saved)
     m = base_model(model)
     state = state_of(m)
     folder = getattr(getattr(state, 'memory', None), 'folder', None)
     log = getattr(getattr(state, 'agency', None), 'log', None)
     inner = Path(path)/INNER
     files = inner if inner.is_dir() else path
-    with transaction(m, optimizer) as tx:
+    with damaged(path), transaction(m, optimizer) as tx:
         tx.hold(Generators())
         reshape(m, saved, optimizer)
         load_weights(m, files)
@@ -276,4 +294,6 @@ def restore(
 ) -> nn.Module: # The same model
     "Bring a model to what a checkpoint holds, or leave it as it was."
     if verify: check_checkpoint(path)
-    return restore_from(model, path, read_state(path)['model'], optimizer)
+    saved = read_state(path, verify)
+    with damaged(path): about = saved['model']
+    return restore_from(model, path, about, optimizer)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['unwrapped', 'optimizer_state', 'check_kind', 'load_optimizer_state', 'schedulers_in', 'extend_scheduler',
-           'sync_optimizer', 'rng_state', 'load_rng_state', 'Generators']
+           'load_scheduler', 'sync_optimizer', 'rng_state', 'load_rng_state', 'Generators']
 
 # %% ../nbs/09_run_state.ipynb #7c6c8a3e
-import random, torch
+import math, random, torch
 import numpy as np
 from torch import nn, Tensor
+from .foreign import check_fields
 from .heads import base_model
 
 # %% ../nbs/09_run_state.ipynb #c0011
@@ -51,10 +52,28 @@ def check_kind(
     saved:dict, # What `optimizer_state` gave
 ):
     "Raise `ValueError` unless the optimiser is of the kind that was saved."
+    check_fields(saved, 'the optimizer', kind=str, groups=list, state=dict)
     kind = type(unwrapped(opt)).__name__
     if kind != saved['kind']: raise ValueError(
         f'the optimizer is {kind}, the checkpoint holds the state of '
         f"{saved['kind']}; make one of the same kind")
+
+def _check_value(opt, key, v):
+    "Raise `ValueError` for a setting of another kind than the optimiser has."
+    mine = opt.defaults.get(key)
+    is_flag, is_number = isinstance(mine, bool), isinstance(mine, (int, float))
+    if is_flag and not isinstance(v, bool): raise ValueError(f'{key} of the optimizer is {v!r}; allowed is True or False')
+    if is_flag or not is_number: return
+    ok = isinstance(v, (int, float, Tensor)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
+    if not ok: raise ValueError(f'{key} of the optimizer is {v!r}; allowed is a finite number from 0')
+
+def _check_groups(opt, saved):
+    "Raise `ValueError` unless groups have names, each of them once, and settings."
+    for group in saved['groups']:
+        check_fields(group, 'a group of the optimizer', names=list)
+        for key, v in group.items(): _check_value(opt, key, v)
+    names = [name for group in saved['groups'] for name in group['names']]
+    if len({*names}) < len(names): raise ValueError('a parameter is in the optimizer twice')
 
 def _check_moments(saved, params):
     names = [name for group in saved['groups'] for name in group['names']]
@@ -62,9 +81,15 @@ def _check_moments(saved, params):
     if missing: raise ValueError(
         f'the optimizer was saved with {missing[0]}, '
         'which this model does not have')
+    tensors = {key for s in saved['state'].values() if isinstance(s, dict) for key, v in s.items() if isinstance(v, Tensor)}
     for name, state in saved['state'].items():
+        check_fields(state, f'the moments of {name}')
+        if name not in names: raise ValueError(f'there are moments of {name}, which is in no group')
         p = params[name]
         for key, v in state.items():
+            kinds = (Tensor, type(None)) if key in tensors else (int, float, type(None))
+            is_odd = not isinstance(v, kinds)
+            if is_odd: raise ValueError(f'{key} of {name} is {str(v)[:40]!r}; a tensor is needed')
             is_moment = isinstance(v, Tensor) and v.numel() > 1 and v.ndim == p.ndim
             if is_moment and v.shape != p.shape: raise ValueError(
                 f'{key} of {name} has shape {tuple(v.shape)}, '
@@ -88,6 +113,7 @@ def load_optimizer_state(
     opt = unwrapped(optimizer)
     params = dict(base_model(model).named_parameters())
     check_kind(opt, saved)
+    _check_groups(opt, saved)
     _check_moments(saved, params)
     groups = []
     home = {}
@@ -169,6 +195,29 @@ def _extend(scheduler, key, i, group):
     is_short = isinstance(values, list) and len(values) == i
     if is_short: values.append(values[group.get('like', 0)])
 
+# %% ../nbs/09_run_state.ipynb #53e841d1
+def _check_like(x, like, what):
+    "Raise `ValueError` unless a value is of the kind of another one."
+    is_number = isinstance(like, (int, float)) and not isinstance(like, bool)
+    kinds = (int, float, type(None)) if is_number or like is None else type(like)
+    is_odd = is_number and isinstance(x, float) and not math.isfinite(x)
+    if like is not None and (not isinstance(x, kinds) or is_odd): raise ValueError(
+        f'{what} is {str(x)[:40]!r}; a {type(like).__name__} is needed')
+    if not isinstance(like, (list, tuple)) or not like: return
+    for i, v in enumerate(x): _check_like(v, like[min(i, len(like) - 1)], f'{what}[{i}]')
+
+def load_scheduler(
+    scheduler, # A scheduler of torch, wrapped by `accelerate` or not
+    saved:dict, # What its `state_dict` gave
+):
+    "Load a state. Raises `ValueError` for one that is not of such a scheduler."
+    mine = scheduler.state_dict()
+    check_fields(saved, 'the scheduler')
+    odd = sorted(map(str, saved.keys() ^ mine.keys()))
+    if odd: raise ValueError(f'the state of the scheduler and this {type(scheduler).__name__} differ in {odd[0]!r}')
+    for key, v in saved.items(): _check_like(v, mine[key], f'{key} of the scheduler')
+    scheduler.load_state_dict(saved)
+
 # %% ../nbs/09_run_state.ipynb #c0029
 def sync_optimizer(
     optimizer, # Any torch optimiser
@@ -205,14 +254,23 @@ def _load_cuda_rng(states):
         'resume on as many, or give rng=False')
     for i, state in enumerate(states): torch.cuda.set_rng_state(state, i)
 
-def load_rng_state(
-    state:dict, # What `rng_state` gave
-):
-    "Restore them all. Raises `RuntimeError` where CUDA devices are missing."
-    _load_cuda_rng(state['cuda'])
+def _set_rng(state):
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
+
+def load_rng_state(
+    state:dict, # What `rng_state` gave
+):
+    "Restore them all. Raises `RuntimeError` where CUDA devices are missing, `ValueError` for numbers that are no state."
+    check_fields(state, 'the random state', python=tuple, numpy=tuple, torch=Tensor, cuda=list)
+    before = rng_state()
+    _load_cuda_rng(state['cuda'])
+    try: _set_rng(state)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as e:
+        _set_rng(before)
+        _load_cuda_rng(before['cuda'])
+        raise ValueError(f'the random state is none: {e}') from e
 
 # %% ../nbs/09_run_state.ipynb #9b24feac
 class Generators:

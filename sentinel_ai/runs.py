@@ -10,6 +10,7 @@ import json, math, os, torch
 from dataclasses import dataclass, field
 from pathlib import Path
 from torch import Tensor
+from .foreign import check_fields, damaged, read_json
 from .train import AdaptiveCallback, Plasticity, TrainResult
 from .viz import open_channels, open_gates
 
@@ -59,14 +60,21 @@ def _read(folder):
     if missing: raise FileNotFoundError(
         f'{folder} has no {" and no ".join(missing)}; give a run folder of '
         'sentinel-train, what train_gates returned, or an AdaptiveCallback')
-    settings = json.loads((folder/'run.json').read_text())
-    lines = (folder/'metrics.jsonl').read_text().splitlines()
-    return settings, [json.loads(line) for line in lines]
+    settings = read_json(folder/'run.json')
+    file = folder/'metrics.jsonl'
+    with damaged(file): rows = [json.loads(line) for line in file.read_text(encoding='utf-8-sig').splitlines()]
+    for row in rows: check_fields(row, f'{file}: a row')
+    return settings, rows
 
 # %% ../nbs/11b_runs.ipynb #c0114
 def _of_folder(folder):
     "A folder that `sentinel-train` wrote"
     settings, rows = _read(folder)
+    check_fields(settings, f'{folder}: run.json', run=dict)
+    with damaged(folder): return _run_of(settings, rows)
+
+def _run_of(settings, rows):
+    "A run from its settings and rows"
     asked, what = settings.get('gates', {}), settings['run']
     gates = [row for row in rows if 'gates' in row]
     run = Run(f"{what['model']} on {what['text']}", settings=settings)

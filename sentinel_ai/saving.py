@@ -7,11 +7,13 @@ __all__ = ['FORMAT', 'HEADS_FILE', 'MEMORY_FILE', 'SentinelConfig', 'extra_biase
            'sentinel_config', 'recall_removed', 'SentinelForCausalLM']
 
 # %% ../nbs/07a_saving.ipynb #86054066
-import inspect, json, os, re, tempfile
+import inspect, os, tempfile
 from pathlib import Path
 from fastcore.basics import patch
 from transformers import PreTrainedModel
+from .foreign import read_json
 from .io import staged, write_text
+from .folder import variant_of, weight_sums
 from .gates import is_merged
 from .adaptive import AdaptiveMixin, plain_class, save_plain
 from .merge import unmerged_state
@@ -27,23 +29,14 @@ _all_ = [  # their home is a chapter before, and they are found here too
     'extra_biases', 'model_card', 'public_name',
     'sentinel_config', 'recall_removed', 'SentinelForCausalLM']
 
-# %% ../nbs/07a_saving.ipynb #c0028
-_WEIGHTS = re.compile(
-    r'model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors'
-    r'|model\.safetensors\.index(?:\.([\w-]+))?\.json')
-
-def _variant(name):
-    "The variant ('' for none) that a file of weights is of; None for other files."
-    found = _WEIGHTS.fullmatch(name)
-    return None if found is None else found[1] or found[2] or ''
-
 # %% ../nbs/07a_saving.ipynb #6fa67142
-_VARYING = ('architectures', 'dtype', 'torch_dtype',
+_VARYING = ('architectures', 'dtype', 'torch_dtype', 'weights',
             'transformers_version', '_name_or_path')
 
 def _told_by(config):
     "What a config says about the model itself."
-    told = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    told = read_json(config) if config.is_file() else {}
+    if not isinstance(told, dict): return {}
     for part in (told, told.get('base') or {}):
         for key in _VARYING: part.pop(key, None)
     return told
@@ -57,16 +50,16 @@ def _survives(folder):
         if '/' in name: return True
         if name in (MEMORY_FILE, HEADS_FILE): return False
         if name == 'README.md': return not _is_our_card(folder/name)
-        kind = _variant(name)
+        kind = variant_of(name)
         if kind is None: return True
-        written = {_variant(p.name) for p in stage.iterdir()} - {None}
+        written = {variant_of(p.name) for p in stage.iterdir()} - {None}
         if not written: return True
         if kind in written: return False
         return _told_by(folder/'config.json') == _told_by(stage/'config.json')
     return keep
 
 # %% ../nbs/07a_saving.ipynb #c0031
-def _save_sentinel(m, d, **kwargs):
+def _save_sentinel(m, d, checksum=True, **kwargs):
     "Weights by the base class, the config by us."
     cls = type(m)
     cfg = sentinel_config(m)
@@ -76,15 +69,16 @@ def _save_sentinel(m, d, **kwargs):
     try: m.save_pretrained(d, **kwargs)
     finally: m.__class__ = cls
     cfg.architectures = ['SentinelForCausalLM']
-    if kwargs.get('is_main_process', True):
-        write_text(d/'config.json', cfg.to_json_string())
+    if not kwargs.get('is_main_process', True): return
+    if checksum and not kwargs.get('distributed_checkpoint'): cfg.weights = weight_sums(d)
+    write_text(d/'config.json', cfg.to_json_string())
 
 # %% ../nbs/07a_saving.ipynb #c0051
-def _write(m, d, memory, **kwargs):
+def _write(m, d, memory, checksum=True, **kwargs):
     "Write a model into a folder."
     plain = is_plain(m)
-    save = save_plain if plain else _save_sentinel
-    save(m, d, **kwargs)
+    if plain: save_plain(m, d, **kwargs)
+    else: _save_sentinel(m, d, checksum, **kwargs)
     if not kwargs.get('is_main_process', True): return
     if not plain: write_text(d/'README.md', model_card(m))
     if not memory: return
@@ -106,6 +100,7 @@ def save_pretrained(self:AdaptiveMixin,
     save_directory:str|os.PathLike, # A folder; made if it isn't there
     *args,
     memory:bool=True, # Write what `expand` and `unprune` need, too?
+    checksum:bool=True, # Write checksums of the weights, which are compared when they are read?
     push_to_hub:bool=False, # Upload the folder afterwards
     repo_id:str|None=None, # Where to; default the folder's name
     **kwargs, # For transformers: `max_shard_size`, `variant`, …
@@ -116,10 +111,10 @@ def save_pretrained(self:AdaptiveMixin,
     self._sync()                       # gates that were changed while merged are refused
     kwargs |= dict(zip(_SAVE_NAMES, args))
     if kwargs.get('distributed_checkpoint'):     # each process writes its part
-        return _write(self, d, memory, **kwargs)
+        return _write(self, d, memory, checksum, **kwargs)
     if not kwargs.get('is_main_process', True):  # gathers with the others, writes nothing
         with tempfile.TemporaryDirectory() as nowhere:
-            return _write(self, Path(nowhere), memory, **kwargs)
-    with staged(d, keep=_survives(d)) as folder: _write(self, folder, memory, **kwargs)
+            return _write(self, Path(nowhere), memory, False, **kwargs)
+    with staged(d, keep=_survives(d)) as folder: _write(self, folder, memory, checksum, **kwargs)
     if push_to_hub:
         _upload(d, repo_id or d.absolute().name, kwargs.get('token'))

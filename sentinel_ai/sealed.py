@@ -8,6 +8,7 @@ __all__ = ['MARKER', 'FORMAT', 'seal', 'check_checkpoint', 'latest_checkpoint']
 # %% ../nbs/09_sealed.ipynb #1784563f
 import hashlib, json
 from pathlib import Path
+from .foreign import check_fields, inside, is_whole, read_json
 from .io import settle, sync
 
 # %% ../nbs/09_sealed.ipynb #c0038
@@ -48,7 +49,8 @@ def _read_marker(path):
     if not (path/MARKER).is_file(): raise ValueError(
         f'{path} has no {MARKER}: it is no checkpoint, '
         'or writing it was interrupted; see latest_checkpoint')
-    d = json.loads((path/MARKER).read_text())
+    d = read_json(path/MARKER)
+    check_fields(d, f'{path}: {MARKER}', format=int, files=dict)
     if d['format'] > FORMAT: raise ValueError(
         f"{path} has format {d['format']}, this version reads up to {FORMAT}; "
         'pip install -U sentinel-ai')
@@ -56,7 +58,8 @@ def _read_marker(path):
 
 # %% ../nbs/09_sealed.ipynb #c0042
 def _check_file(path, name, want, hashes):
-    file = path/name
+    check_fields(want, f'{path}: {name} in {MARKER}', size=int, sha256=str)
+    file = inside(path, name)
     if not file.is_file():
         raise ValueError(f'{path}: {name} is missing; see latest_checkpoint')
     n = file.stat().st_size
@@ -92,7 +95,9 @@ def _rank(path):
     if path is None: return None
     try: d = check_checkpoint(path, hashes=False)
     except (ValueError, OSError, KeyError): return None
-    return d.get('step') or 0, (path/MARKER).stat().st_mtime, path
+    step = d.get('step')
+    step = step if is_whole(step, high=1 << 62) else 0
+    return step, (path/MARKER).stat().st_mtime, path
 
 def latest_checkpoint(
     folder, # Where checkpoints lie side by side

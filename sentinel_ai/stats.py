@@ -10,6 +10,7 @@ import json, os
 from dataclasses import dataclass, field
 from torch import Tensor
 from fastcore.basics import patch
+from .foreign import check_fields, open_tensors
 from .io import write_tensors
 
 # %% ../nbs/02a_stats.ipynb #c0006
@@ -114,11 +115,13 @@ def _flat_stats(stats):
     return flat
 
 def _put_stat(stats, key, t):
-    "One tensor back in its place."
-    place, *rest = key.split('/')
-    if place == 'pairs': stats.pairs = t
-    elif place == 'grams': stats.grams.setdefault(int(rest[0]), {})[rest[1]] = t
-    else: getattr(stats, place)[rest[0]] = t
+    "One tensor back in its place. Raises `ValueError` for a place that there is not."
+    match key.split('/'):
+        case ['pairs']: stats.pairs = t
+        case ['grams', layer, name]: stats.grams.setdefault(int(layer), {})[name] = t
+        case ['tables', name]: stats.tables[name] = t
+        case ['curves', name]: stats.curves[name] = t
+        case _: raise ValueError(f'{key!r} is no place in HeadStats')
 
 # %% ../nbs/02a_stats.ipynb #c0023
 @patch
@@ -133,14 +136,20 @@ def save(self:HeadStats,
     write_tensors(path, flat, head_stats='1', info=json.dumps(self.info))
 
 # %% ../nbs/02a_stats.ipynb #c0025
+def _check_shapes(stats):
+    "Raise `ValueError` unless all tables are of the same units."
+    if stats is None: return
+    shapes = {name: tuple(t.shape) for name, t in stats.tables.items()}
+    odd = [name for name, shape in shapes.items() if len(shape) != 2 or shape != stats.shape]
+    if odd: raise ValueError(f'the table {odd[0]} has shape {shapes[odd[0]]}, others {stats.shape}')
+
 @patch(cls_method=True)
 def load(cls:HeadStats,
     path:str|os.PathLike, # A file that `save` wrote
 ) -> HeadStats:
     "Read what `save` wrote. Raises `ValueError` for another file."
-    from safetensors import safe_open
     res = cls({})
-    with safe_open(path, 'pt') as f:
+    with open_tensors(path) as f:
         meta = f.metadata() or {}
         found = meta.get('head_stats')
         if found != '1': raise ValueError(
@@ -151,6 +160,8 @@ def load(cls:HeadStats,
             if of_channels and res.channels is None: res.channels = cls({})
             target = res.channels if of_channels else res
             _put_stat(target, key.removeprefix('channels/'), f.get_tensor(key))
-    res.info = json.loads(meta['info'])
+        res.info = json.loads(meta['info'])
+        check_fields(res.info, 'info')
+        for part in (res, res.channels): _check_shapes(part)
     if res.channels is not None: res.channels.info = dict(res.info)
     return res

@@ -6,10 +6,11 @@
 __all__ = ['TEXTS', 'text_column', 'as_documents', 'load_text']
 
 # %% ../nbs/08_texts.ipynb #81c0fde7
-import difflib, re
+import codecs, difflib, os, re
 from pathlib import Path
 from typing import Union
 import datasets
+from pyarrow import ArrowInvalid
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import concatenate_datasets
 
@@ -73,30 +74,86 @@ def as_documents(
     return Dataset.from_dict(dict(text=texts), features=features)
 
 # %% ../nbs/08_texts.ipynb #c0018
+_MOST_FILES, _MOST_SEEN = 10_000, 200_000      # texts in a folder, entries that are looked at
+
+def _walk(path):
+    "All files below a folder, up to a number that no folder of texts has."
+    seen = 0
+    for at, dirs, files in os.walk(path):
+        dirs.sort()
+        seen += len(dirs) + len(files)
+        if seen > _MOST_SEEN: raise ValueError(
+            f'{path} holds more than {_MOST_SEEN:,} files and folders; '
+            'give the folder that holds the texts')
+        yield from (Path(at)/name for name in files)
+
 def _text_files(path):
     "The file, or every text file in the folder, by name"
-    found = path.rglob('*') if path.is_dir() else [path]
-    def is_text(file): return file.suffix.lower() in _BUILDERS
-    files = sorted(filter(is_text, found))
+    found = _walk(path) if path.is_dir() else [path]
+    files = sorted(file for file in found if file.suffix.lower() in _BUILDERS)
     got = f', not {path.suffix!r}'
     if path.is_dir(): got = ' files in this folder, found none'
     if not files: raise ValueError(f"{path}: expected {', '.join(_BUILDERS)}{got}")
+    if len(files) > _MOST_FILES: raise ValueError(
+        f'{path} holds {len(files):,} texts; up to {_MOST_FILES:,} are read: give a smaller folder, or join them')
+    odd = [str(file) for file in files if not file.is_file()]
+    if odd: raise ValueError(f'no plain files: {", ".join(odd[:5])}; remove them, or give other texts')
     empty = [str(file) for file in files if not file.stat().st_size]
-    if empty: raise ValueError(f"empty text: {', '.join(empty)}")
+    if empty: raise ValueError(f"empty text: {', '.join(empty[:5])}")
     return files
+
+# %% ../nbs/08_texts.ipynb #a77792c0
+_MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+
+def _encoding_of(file):
+    "By the first bytes of a text. Raises `ValueError` for bytes that are no text."
+    with open(file, 'rb') as f: first = f.read(4096)
+    for mark, encoding in _MARKS.items():
+        if first.startswith(mark): return encoding
+    if b'\0' in first: raise ValueError(
+        f'{file} holds zero bytes, so it is no text in UTF-8; give a text')
+    return 'utf-8'
+
+def _check_text(file, encoding):
+    "Raise `ValueError` for a text that isn't in its encoding."
+    decode = codecs.getincrementaldecoder(encoding)().decode
+    at = 0
+    with open(file, 'rb') as f:
+        while block := f.read(1 << 20):
+            try: decode(block)
+            except UnicodeError as e: raise ValueError(
+                f'{file} is no text in {encoding.upper()}: {e.reason} near byte {at + e.start:,}. '
+                'Convert it, as with `iconv -t UTF-8`') from None
+            at += len(block)
+
+def _unread(path, names, encoding, e):
+    "The error for files that can't be read: names the one that is at fault, where that can be told."
+    if encoding is not None:
+        for name in names: _check_text(name, encoding)
+    cause = e.__cause__ or e
+    which = names[0] if len(names) == 1 else f'{path} ({len(names)} files like {Path(names[0]).name})'
+    return ValueError(f'{which} cannot be read: {type(cause).__name__}: {str(cause)[:300]}')
+
+# %% ../nbs/08_texts.ipynb #7ab107b6
+def _load_files(path, kind, encoding, names, split, streaming):
+    "What `datasets` makes of files of one kind and one encoding"
+    more = dict(encoding=encoding) if encoding else {}
+    if kind == 'text': more['sample_by'] = 'document'
+    try: return datasets.load_dataset(
+        kind, data_files=names, split=split, streaming=streaming, **more)
+    except (datasets.exceptions.DatasetGenerationError, ArrowInvalid, UnicodeError) as e:
+        raise _unread(path, names, encoding, e) from e
 
 def _local_text(path, split, streaming, column):
     "The documents of a text file, or of a folder of them"
-    by_kind = {}
+    groups = {}
     for file in _text_files(path):
         kind = _BUILDERS[file.suffix.lower()]
-        by_kind.setdefault(kind, []).append(str(file))
-    def load(kind, names):
-        more = dict(sample_by='document') if kind == 'text' else {}
-        ds = datasets.load_dataset(
-            kind, data_files=names, split=split, streaming=streaming, **more)
-        return text_column(ds, column, path)
-    parts = [load(kind, names) for kind, names in by_kind.items()]
+        encoding = None if kind == 'parquet' else _encoding_of(file)
+        if streaming and encoding: _check_text(file, encoding)
+        groups.setdefault((kind, encoding), []).append(str(file))
+    parts = [text_column(_load_files(path, *key, names, split, streaming), column, path)
+             for key, names in groups.items()]
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 # %% ../nbs/08_texts.ipynb #c0020

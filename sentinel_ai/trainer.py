@@ -12,13 +12,16 @@ from pathlib import Path
 from fastcore.basics import patch
 from transformers import Trainer, trainer_utils
 from transformers.trainer_utils import SaveStrategy
+from .foreign import check_fields, damaged
 from .io import read_state, staged
 from .gates import base_model, is_adaptive
 from .budget import closed_share
 from .checkpoint import (
     INNER, MARKER, extend_scheduler, latest_checkpoint,
     load_optimizer_state, load_rng_state, restore,
-    seal, sync_optimizer, unwrapped, write_run)
+    schedulers_in, seal, sync_optimizer, unwrapped, write_run)
+from .run_state import load_scheduler
+from .state import transaction
 from .learning import open_heads, sentinel_parameters
 
 # %% ../nbs/10_trainer.ipynb #c0041
@@ -227,6 +230,8 @@ def _load_best_model(self:AdaptiveTrainerMixin):
     sync_optimizer(self.optimizer, self.model, self.lr_scheduler)
 
 # %% ../nbs/10_trainer.ipynb #c0077
+_RESUMED = dict(optimizer=dict, scheduler=dict, parts=dict, scaler=(dict, type(None)), logged=dict, rng=dict)
+
 def _check_parts(checkpoint, saved, mine):
     if saved.keys() == mine.keys(): return
     raise ValueError(
@@ -238,16 +243,19 @@ def _load_optimizer_and_scheduler(self:AdaptiveTrainerMixin, checkpoint):
     parent = super(AdaptiveTrainerMixin, self)
     if not _sealed(checkpoint): return parent._load_optimizer_and_scheduler(checkpoint)
     state = read_state(checkpoint)
+    check_fields(state, str(checkpoint), **_RESUMED)
     callbacks = self._stateful()
     _check_parts(checkpoint, state['parts'], callbacks)
     opt = self.optimizer
     scheduler = self.lr_scheduler
-    load_optimizer_state(opt, self.model, state['optimizer'])
-    extend_scheduler(scheduler, opt)
-    scheduler.load_state_dict(state['scheduler'])
-    for name, c in callbacks.items():
-        if hasattr(c, 'attach'): c.attach(self.model, opt, scheduler)
-        c.load_state_dict(state['parts'][name])
+    with damaged(checkpoint), transaction(self.model, unwrapped(opt)) as tx:
+        tx.hold(*schedulers_in(scheduler), *callbacks.values())
+        load_optimizer_state(opt, self.model, state['optimizer'])
+        extend_scheduler(scheduler, opt)
+        load_scheduler(scheduler, state['scheduler'])
+        for name, c in callbacks.items():
+            if hasattr(c, 'attach'): c.attach(self.model, opt, scheduler)
+            c.load_state_dict(state['parts'][name])
     self._resumed = state
 
 # %% ../nbs/10_trainer.ipynb #c0079
