@@ -160,8 +160,8 @@ def enough_ridge(
     own:bool=False, # As for `ridge`
 ) -> tuple: # λ, and the Cholesky factor of `ridge(C, λ)`
     "λ if it makes C invertible, else as much as is needed. Raises `ValueError` for a λ that is no share."
-    if not 0 <= lam <= 1e6: raise ValueError(
-        f'ridge={lam}: allowed is a number from 0 to 1,000,000, as a share of the variance')
+    if not 0 <= lam < 1e30: raise ValueError(
+        f'ridge={lam}: allowed is a finite number from 0 on, as a share of the variance')
     if not C.isfinite().all(): raise ValueError(
         'the covariance holds NaN or infinity; '
         'measure on text for which the model gives finite values')
