@@ -230,7 +230,7 @@ def test_a_folder_saved_before_experts_had_gates(tmp_path):
     from safetensors.torch import load_file, save_file
     model = set_gates(adapt(build('mixtral')), {(0, 1): 0.})
     want = logits(model)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, checksum=False)
     file = tmp_path/'model.safetensors'
     tensors = load_file(file)
     gates = [key for key in tensors if '.experts.sentinel.' in key]
