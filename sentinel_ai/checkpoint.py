@@ -128,7 +128,7 @@ def _check_fit(path, model, weights):
 
 # %% ../nbs/09_checkpoint.ipynb #bbf0e3cf
 def _read_pth(path):
-    "What a file of state dicts holds. Raises `ValueError` for anything that is more than tensors and plain values."
+    "What a file of state dicts holds. Raises `ValueError` for more than tensors and plain values."
     opened = open(path, 'rb')
     try:
         with opened, damaged(path): d = torch.load(opened, map_location='cpu', weights_only=True)

@@ -171,7 +171,7 @@ class SentinelForCausalLM:
         cls, pretrained_model_name_or_path, *args,
         config=None, output_loading_info=False, verify=True, **kwargs,
     ):
-        "As in transformers. Raises `ValueError` when weights and plan don't fit; `verify`: compare checksums."
+        "As in transformers. Raises `ValueError` if weights and plan don't fit; `verify`: compare checksums."
         path = os.fspath(pretrained_model_name_or_path)
         settle(path)
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}

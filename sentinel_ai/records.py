@@ -165,7 +165,8 @@ def _check_packed(packed, what):
         f'{what} holds {sorted(packed)}; data is needed, and scale for int8')
     has_scale = data.dtype == torch.int8
     if not has_scale and not data.is_floating_point(): raise ValueError(f'{what} is of {data.dtype}')
-    if has_scale != (scale is not None): raise ValueError(f'{what} is of {data.dtype}, which does not fit its scale')
+    if has_scale != (scale is not None): raise ValueError(
+            f'{what} is of {data.dtype}, which does not fit its scale')
     if has_scale and scale.shape != (*data.shape[:-1], 1): raise ValueError(
         f'{what} has scales of shape {list(scale.shape)} for data of {list(data.shape)}')
 
@@ -187,7 +188,8 @@ def check_record(
 ):
     "Raise `ValueError` unless it holds what a record of heads or channels holds."
     check_fields(record.meta, 'the record', **_META)
-    if record.meta['dtype'] not in DTYPES: raise ValueError(f"dtype {record.meta['dtype']!r}: allowed is one of {DTYPES}")
+    if record.meta['dtype'] not in DTYPES: raise ValueError(
+            f"dtype {record.meta['dtype']!r}: allowed is one of {DTYPES}")
     if not any(part == 'o' for _, part in record.values): raise ValueError('its output columns are missing')
     for key, packed in [*record.values.items(), *record.moments.items()]: _check_packed(packed, '|'.join(key))
     for key, packed in record.moments.items():

@@ -94,7 +94,8 @@ def _check_info(info, n):
     check_fields(dict(repaired=[], predictors=[], channels=[], bridges=[]) | info, 'info',
                  repaired=list, predictors=list, channels=list, bridges=list)
     for unit in info.get('predictors', ()): check_whole([*unit, len(unit)], 'a predicted head')
-    for layer, count in info.get('channels', ()): check_whole([layer, count], 'predicted channels', high=n + LARGEST)
+    for layer, count in info.get('channels', ()):
+        check_whole([layer, count], 'predicted channels', high=n + LARGEST)
     total = sum(count for _, count in info.get('channels', ()))
     if total > n: raise ValueError(f'{total} records of channels are listed, the file has {n} tensors')
 

@@ -62,7 +62,8 @@ def _check_value(opt, key, v):
     "Raise `ValueError` for a setting of another kind than the optimiser has."
     mine = opt.defaults.get(key)
     is_flag, is_number = isinstance(mine, bool), isinstance(mine, (int, float))
-    if is_flag and not isinstance(v, bool): raise ValueError(f'{key} of the optimizer is {v!r}; allowed is True or False')
+    if is_flag and not isinstance(v, bool): raise ValueError(
+            f'{key} of the optimizer is {v!r}; allowed is True or False')
     if is_flag or not is_number: return
     ok = isinstance(v, (int, float, Tensor)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
     if not ok: raise ValueError(f'{key} of the optimizer is {v!r}; allowed is a finite number from 0')
@@ -81,7 +82,8 @@ def _check_moments(saved, params):
     if missing: raise ValueError(
         f'the optimizer was saved with {missing[0]}, '
         'which this model does not have')
-    tensors = {key for s in saved['state'].values() if isinstance(s, dict) for key, v in s.items() if isinstance(v, Tensor)}
+    states = [s for s in saved['state'].values() if isinstance(s, dict)]
+    tensors = {key for s in states for key, v in s.items() if isinstance(v, Tensor)}
     for name, state in saved['state'].items():
         check_fields(state, f'the moments of {name}')
         if name not in names: raise ValueError(f'there are moments of {name}, which is in no group')
@@ -214,7 +216,8 @@ def load_scheduler(
     mine = scheduler.state_dict()
     check_fields(saved, 'the scheduler')
     odd = sorted(map(str, saved.keys() ^ mine.keys()))
-    if odd: raise ValueError(f'the state of the scheduler and this {type(scheduler).__name__} differ in {odd[0]!r}')
+    if odd: raise ValueError(
+        f'the state of the scheduler and this {type(scheduler).__name__} differ in {odd[0]!r}')
     for key, v in saved.items(): _check_like(v, mine[key], f'{key} of the scheduler')
     scheduler.load_state_dict(saved)
 
@@ -262,7 +265,7 @@ def _set_rng(state):
 def load_rng_state(
     state:dict, # What `rng_state` gave
 ):
-    "Restore them all. Raises `RuntimeError` where CUDA devices are missing, `ValueError` for numbers that are no state."
+    "Restore them all. Raises `RuntimeError` without the CUDA devices, `ValueError` for no state."
     check_fields(state, 'the random state', python=tuple, numpy=tuple, torch=Tensor, cuda=list)
     before = rng_state()
     _load_cuda_rng(state['cuda'])

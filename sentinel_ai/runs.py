@@ -62,7 +62,9 @@ def _read(folder):
         'sentinel-train, what train_gates returned, or an AdaptiveCallback')
     settings = read_json(folder/'run.json')
     file = folder/'metrics.jsonl'
-    with damaged(file): rows = [json.loads(line) for line in file.read_text(encoding='utf-8-sig').splitlines()]
+    with damaged(file):
+        lines = file.read_text(encoding='utf-8-sig').splitlines()
+        rows = [json.loads(line) for line in lines]
     for row in rows: check_fields(row, f'{file}: a row')
     return settings, rows
 

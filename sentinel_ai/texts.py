@@ -95,7 +95,8 @@ def _text_files(path):
     if path.is_dir(): got = ' files in this folder, found none'
     if not files: raise ValueError(f"{path}: expected {', '.join(_BUILDERS)}{got}")
     if len(files) > _MOST_FILES: raise ValueError(
-        f'{path} holds {len(files):,} texts; up to {_MOST_FILES:,} are read: give a smaller folder, or join them')
+        f'{path} holds {len(files):,} texts; up to {_MOST_FILES:,} are read: '
+        'give a smaller folder, or join them')
     odd = [str(file) for file in files if not file.is_file()]
     if odd: raise ValueError(f'no plain files: {", ".join(odd[:5])}; remove them, or give other texts')
     empty = [str(file) for file in files if not file.stat().st_size]

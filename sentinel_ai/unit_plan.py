@@ -124,18 +124,21 @@ def check_counts(
     "Raise `ValueError` unless these are counts that a table can be made of."
     check_whole(counts, what)
     n = len(counts)*max(counts, default=0)
-    if n > 64*LARGEST: raise ValueError(f'{what}: {len(counts)} layers of up to {max(counts)} units are more than any model has')
+    if n > 64*LARGEST: raise ValueError(
+        f'{what}: {len(counts)} layers of up to {max(counts)} units are more than any model has')
 
 def _check_digits(counts, rows):
     "Raise `ValueError` unless each layer has as many digits as it needs."
     check_counts(counts, 'channels of the plan')
-    if not isinstance(rows, list): raise ValueError(f'kept of the plan is {str(rows)[:40]!r}; a list is needed')
+    if not isinstance(rows, list): raise ValueError(
+        f'kept of the plan is {str(rows)[:40]!r}; a list is needed')
     if len(counts) != len(rows): raise ValueError(
         f'the plan speaks of {len(counts)} layers in channels '
         f'and of {len(rows)} in kept')
     for l, (n, digits) in enumerate(zip(counts, rows)):
         is_hex = isinstance(digits, str) and set(digits) <= set('0123456789abcdef')
-        if not is_hex: raise ValueError(f'the plan has {str(digits)[:40]!r} for layer {l}; hexadecimal digits are needed')
+        if not is_hex: raise ValueError(
+            f'the plan has {str(digits)[:40]!r} for layer {l}; hexadecimal digits are needed')
         if len(digits) != _width(n): raise ValueError(
             f'the plan has {len(digits)} digits for layer {l}, '
             f'whose {n} channels need {_width(n)}')
@@ -148,7 +151,8 @@ def check_grown(
 ):
     "Raise `ValueError` where what grew doesn't add up to what a layer has."
     built = dict(enumerate(counts))
-    rows = all(isinstance(row, (list, tuple)) and len(row) == 3 for row in grown) if isinstance(grown, list) else False
+    is_row = lambda row: isinstance(row, (list, tuple)) and len(row) == 3
+    rows = isinstance(grown, list) and all(map(is_row, grown))
     if not rows or not all(is_whole(x) for l, n, new in grown for x in (l, n)): raise ValueError(
         f'what grew in {kind} is {str(grown)[:60]}; rows of a layer, a count and the new ones are needed')
     for l, n, new in grown:
