@@ -140,18 +140,17 @@ def need_state(
     return state
 
 # %% ../nbs/00c_state.ipynb #c0014
-class _Container:
-    "What a dict, list or set holds, to be put back into the same object."
-    def __init__(self, target):
-        is_dict = isinstance(target, dict)
-        self.held = dict(target) if is_dict else copy.copy(target)
-        self.target = target
+def _contents(containers):
+    "Pairs of a dict, list or set and what it holds."
+    return [(x, dict(x) if isinstance(x, dict) else x.copy()) for x in containers]
 
-    def restore(self):
-        self.target.clear()
-        is_list = isinstance(self.target, list)
-        fill = self.target.extend if is_list else self.target.update
-        fill(self.held)
+def _refill(pairs):
+    "Put what containers held back into the same objects."
+    for target, held in pairs:
+        target.clear()
+        is_list = isinstance(target, list)
+        fill = target.extend if is_list else target.update
+        fill(held)
 
 # %% ../nbs/00c_state.ipynb #7a054684
 class _Attributes:
@@ -161,14 +160,14 @@ class _Attributes:
         self.held = dict(vars(target))
         containers = [value for value in self.held.values()
                       if isinstance(value, (dict, list, set))]
-        self.inner = list(map(_Container, containers))
+        self.inner = _contents(containers)
 
     def restore(self):
         if type(self.target) is not self.cls: self.target.__class__ = self.cls
         own = vars(self.target)
         own.clear()
         own.update(self.held)
-        for container in self.inner: container.restore()
+        _refill(self.inner)
 
 # %% ../nbs/00c_state.ipynb #c0017
 def set_data(
@@ -189,7 +188,7 @@ class _Parameter:
     def __init__(self, p):
         self.p, self.data, self.grad = p, p.data, p.grad
         self.wants, self.hooks = p.requires_grad, p._backward_hooks
-        self.inner = [] if self.hooks is None else [_Container(self.hooks)]
+        self.inner = [] if self.hooks is None else _contents([self.hooks])
 
     def restore(self):
         set_data(self.p, self.data)
@@ -197,7 +196,7 @@ class _Parameter:
         self.p.grad = self.grad
         same_hooks = self.p._backward_hooks is self.hooks
         if not same_hooks: self.p._backward_hooks = self.hooks
-        for container in self.inner: container.restore()
+        _refill(self.inner)
 
 # %% ../nbs/00c_state.ipynb #5b3fa5c7
 class _Optimizer:

@@ -29,13 +29,14 @@ _SIZES = {  # names of sizes in configs: their small value
     'linear_key_head_dim linear_value_head_dim': 8,
     'q_lora_rank kv_lora_rank moe_intermediate_size': 16,
     'intermediate_size ffn_dim n_inner': 48,
+    'shared_expert_intermediate_size moe_shared_expert_intermediate_size': 48,
     'ffn_hidden_size dim_ff dff': 48,
     'decoder_ffn_dim encoder_ffn_dim': 48,
     'vocab_size': 96,
     'max_position_embeddings n_positions': 128,
     'n_ctx max_seq_len': 128,
     'num_experts num_local_experts n_routed_experts': 4,
-    'num_experts_per_tok mamba_expand': 2,
+    'num_experts_per_tok mamba_expand zero_expert_num': 2,
     'mamba_n_heads mamba_d_head': 8,
 }
 _SMALL = {name: n for names, n in _SIZES.items() for name in names.split()}
@@ -50,6 +51,7 @@ _ALSO = dict(  # what a single architecture needs besides
     gemma3_text=dict(sliding_window=16),
     gpt_neo=dict(attention_types=[[['global', 'local'], 1]], window_size=8),
     granitemoehybrid=dict(layer_types=['mamba', 'attention']),
+    lfm2=dict(block_multiple_of=16),
     jamba=dict(attn_layer_period=2, attn_layer_offset=1),
     mistral=dict(sliding_window=16),
     nemotron=dict(num_key_value_heads=2, head_dim=8),
