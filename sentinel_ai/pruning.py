@@ -26,6 +26,7 @@ from .state import transaction
 from .target import heads_for_ms
 from .request import PruneRequest
 from .rounds import shut_units, tell_memory
+import sentinel_ai.trials  # noqa: F401
 
 # %% ../nbs/03b_pruning.ipynb #c0004
 from .repair import (  # noqa: F401
@@ -93,14 +94,17 @@ def warn_of_few(self:PruneRequest, m, stats, close):
 # %% ../nbs/03b_pruning.ipynb #c0070
 @patch
 def one_round(self:PruneRequest, m, goal):
-    "Measure, choose, repair, close."
+    "Measure, choose, try, choose again, repair, close."
     if goal <= self.saved(m): return
     stats = measure(m, self.text(), self.needs(), repair=self.repair,
                     progress=self.progress, kinds=self.kinds)
     if self.criterion == 'auto':
         self.criterion = self.pick(m, stats, self.to_save)
+    self.slope = 0.
     if self.is_joint: close = self.choose_both(m, stats, goal)
     else: close = self.choose_heads(m, stats, goal, self.criterion)
+    if self.is_joint and self.settle_slope(m, stats, close):
+        close = self.choose_both(m, stats, goal)
     self.warn_of_few(m, stats, close)
     raised = self.apply(m, stats, close)
     if raised: self.info.setdefault('ridge_raised', {}).update(raised)

@@ -47,6 +47,7 @@ class PruneRequest(Target):
     to_save: float = field(init=False, default=0.) # The goal, in `unit`
     fixed: dict = field(init=False, default_factory=dict) # Kind to table
     how: dict = field(init=False, default_factory=dict) # Repair, ridge
+    slope: float = field(init=False, default=0.) # Of prices by depth, from trials
     info: dict = field(init=False, default_factory=dict) # Notes for the plan
     warned: bool = field(init=False, default=False) # Of too few tokens
 

@@ -53,6 +53,11 @@ def check_scores(table, exists, criterion, kind='heads'):
         'use another criterion, or more text')
 
 @patch
+def by_depth(self:PruneRequest, n_layers) -> Float[Tensor, 'l']:
+    "By what each layer's prices are multiplied: 1 without trials."
+    return torch.exp(self.slope*(torch.arange(n_layers) - (n_layers - 1)/2))
+
+@patch
 def prices(self:PruneRequest, stats, kind) -> Float[Tensor, 'l u']:
     "What closing each unit adds to the loss, 0 or more."
     criterion, is_pairs = self.criterion, self.criterion == 'joint'
@@ -62,7 +67,7 @@ def prices(self:PruneRequest, stats, kind) -> Float[Tensor, 'l u']:
     if criterion in ('flap', 'entropy', 'attribution'):
         table = table - table[~table.isnan()].min()
     if criterion in ('repaired', 'fisher'): table = table/2
-    return table.nan_to_num(0.)
+    return table.nan_to_num(0.)*self.by_depth(len(table))[:, None]
 
 # %% ../nbs/03b_rounds.ipynb #c0049
 HEADS_DEARER = 4.   # beside channels, which are priced half unrepaired
@@ -74,8 +79,8 @@ def head_prices(self:PruneRequest, stats) -> dict: # Fields of `Units`
     if not is_pairs: return dict(worth=self.prices(stats, 'heads'))
     values, vectors = torch.linalg.eigh(stats.pairs.double())
     values = values.clamp_min(0)*HEADS_DEARER
-    V = (vectors*values.sqrt()).mT        # n lh
-    return dict(vectors=V.unflatten(1, stats.shape))
+    V = (vectors*values.sqrt()).mT.unflatten(1, stats.shape)        # n l h
+    return dict(vectors=V*self.by_depth(stats.shape[0]).sqrt()[:, None])
 
 def _keep_one(heads, table):
     "Protect the open head that is worth most: a model needs one."
