@@ -10,7 +10,7 @@ import math, torch
 from torch import nn, Tensor
 from jaxtyping import Float
 from .choose import strongest
-from .heads import base_model
+from .heads import AttnSite, base_model, core_name, in_dim
 from .gates import gate_values, need_adapted
 from .surgery import original_heads
 from .slices import read_head
@@ -31,13 +31,15 @@ def procrustes(
 def part_matrix(
     values:dict, # A head's slices, as `read_head` gives them
     part:str, # 'q', 'k', 'v' or 'o'
+    site:AttnSite, # A layer of the head's model
 ) -> tuple: # Key in `values`, `[d, width]`, was it transposed?
     "A head's weight of one part, its channels along the rows."
-    for (name, p), v in values.items():
-        if p != part or v.ndim != 2 or not name.endswith('weight'): continue
-        is_tall = v.shape[0] > v.shape[1]
-        return (name, p), (v.mT if is_tall else v), is_tall
-    return None, None, False
+    name = site.out_name if part == 'o' else site.proj.get(part)
+    key = name and (core_name(site.attn, name), part)
+    if key not in values: return None, None, False
+    side = in_dim(site.attn.get_submodule(name))
+    is_turned = side == 1 if part == 'o' else side == 0
+    return key, values[key].mT if is_turned else values[key], is_turned
 
 # %% ../nbs/04b_fill.ipynb #c0031
 def blend_heads(
@@ -45,20 +47,21 @@ def blend_heads(
     other:dict, # Another one's
     alpha:float, # Share of the other, 0 to 1
     value:bool, # Blend values too, or only output columns
+    site:AttnSite, # The layer of mine
 ) -> dict|None:
     "Mix another head into mine; None if sizes differ."
-    def both(p): return part_matrix(mine, p)[0] and part_matrix(other, p)[0]
+    def both(p): return part_matrix(mine, p, site)[0] and part_matrix(other, p, site)[0]
     parts = [p for p in ('v', 'o') if (p == 'o' or value) and both(p)]
-    a = [part_matrix(mine, p)[1].float() for p in parts]
-    b = [part_matrix(other, p)[1].float() for p in parts]
+    a = [part_matrix(mine, p, site)[1].float() for p in parts]
+    b = [part_matrix(other, p, site)[1].float() for p in parts]
     if any(x.shape != y.shape for x, y in zip(a, b)): return None
     R = procrustes(torch.cat(a, 1), torch.cat(b, 1))
     for p, x, y in zip(parts, a, b):
-        key, old, is_tall = part_matrix(mine, p)
+        key, old, is_turned = part_matrix(mine, p, site)
         scale = x.norm()/y.norm().clamp_min(1e-12)
         new = (1-alpha)*x + alpha*(R @ y)*scale
         new = new.to(old.dtype)
-        mine[key] = (new.mT if is_tall else new).contiguous()
+        mine[key] = (new.mT if is_turned else new).contiguous()
     return mine
 
 # %% ../nbs/04b_fill.ipynb #c0035

@@ -176,6 +176,16 @@ def base_model(model:nn.Module) -> nn.Module:
 
 _BOTH_WAYS = 'bert|electra|ernie$|roformer|reformer|big_bird|data2vec|xmod'
 
+def _reads_both_ways(model):
+    "What says that a model reads both ways, and the setting that changes it; None if nothing does."
+    config, is_decoder = model.config, getattr(model.config, 'is_decoder', None)
+    is_encoder = is_decoder is False and re.search(_BOTH_WAYS, config.model_type)
+    if is_encoder: return 'is_decoder=False', 'is_decoder'
+    for name in ('causal', 'is_causal'):                           # XLM, Gemma 4
+        if getattr(config, name, None) is False: return f'{name}=False', name
+    fills_gaps = type(model).__name__.endswith('ForMaskedLM') and not is_decoder
+    return ('a masked-language head', '') if fills_gaps else None
+
 # %% ../nbs/00_heads.ipynb #c33d3765
 def fresh_config(
     config, # Of a model
@@ -200,11 +210,11 @@ def check_decoder(model:nn.Module):
     if has_encoder and 'ForCausalLM' not in name: raise UnsupportedArchitecture(
         f'{name} is an encoder-decoder; '
         'only decoder-only causal language models are supported')
-    reads_on = getattr(config, 'is_decoder', None) is False
-    if reads_on and re.search(_BOTH_WAYS, config.model_type):
-        raise UnsupportedArchitecture(
-            f'{name} with is_decoder=False reads both ways (an encoder); '
-            'set config.is_decoder=True before loading to make it causal')
+    said = _reads_both_ways(model)
+    if said:
+        way_out = (f'set config.{said[1]}=True before loading to make it causal' if said[1]
+                   else 'load a causal language model')
+        raise UnsupportedArchitecture(f'{name} with {said[0]} reads both ways (an encoder); {way_out}')
     if model.get_output_embeddings() is None: raise UnsupportedArchitecture(
         f'{name} has no language-model head; '
         'load it with AutoModelForCausalLM')

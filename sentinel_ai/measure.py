@@ -9,6 +9,7 @@ __all__ = ['WHAT', 'measure', 'AttentionWatch', 'measuring', 'with_bias', 'token
            'entropy_sums', 'longer_curve', 'HeadStats', 'CRITERIA', 'NEEDS', 'score']
 
 # %% ../nbs/02_measure.ipynb #7d71f115
+import torch
 from torch import nn, Tensor
 from .batches import (
     check_loss, forward_args, summed_loss, token_batches)
@@ -95,6 +96,14 @@ def _passes(rec, model, read, steps, repair):
         for i, batch in enumerate(read()): rec.run(model, i, batch, 0)
     return tokens
 
+# %% ../nbs/02_measure.ipynb #84418f2e
+def _note_heads(m, grams):
+    "Moments of heads get the heads' numbers as the model was built."
+    state, found = m.__dict__.get('sentinel'), head_map(m)
+    for layer, moments in grams.items():
+        heads = range(found[layer].n) if state is None else state.plan.kept(layer)
+        moments['heads'] = torch.tensor(list(heads), device='cpu')
+
 # %% ../nbs/02_measure.ipynb #c0059
 def measure(
     model:nn.Module, # Any decoder, adapted or plain
@@ -118,5 +127,7 @@ def measure(
     try:
         with measuring(m): tokens = _passes(rec, m, read, steps, repair)
         info = dict(loss=rec.loss/rec.n_losses) if rec.n_losses else {}
-        return rec.stats(tokens=tokens, what=sorted(what), **info)
+        stats = rec.stats(tokens=tokens, what=sorted(what), **info)
+        _note_heads(m, stats.grams)
+        return stats
     finally: rec.close()

@@ -85,13 +85,13 @@ def find_channels(self:UnitMemory,
 @patch
 def adjust(self:UnitMemory,
     key, # `(layer, head)`
-    change:Tensor, # Added to the head's output columns, `[d, o]`
+    change:Tensor, # Added to the head's output columns, as its weight lies
 ):
     "Change a head's output columns: one was restored whose part it had."
     rec = self[key]
     name = next(n for n, p in rec.values if p == 'o')
     old = unpack(rec.values[name, 'o'])
-    new = old.float() + (change if old.shape == change.shape else change.mT)
+    new = old.float() + change
     rec.values[name, 'o'] = pack(new.to(old.dtype), rec.meta['dtype'])
     self.replace(tuple(key), rec)
 

@@ -92,6 +92,16 @@ def keeps_rows(self:MlpSite,
     "Do all rows stay when these channels are kept?"
     return self.stay and 0 < len(keep)
 
+# %% ../nbs/00_mlp.ipynb #0ff64443
+@patch
+def read(self:MlpSite,
+    x:Tensor, # What comes to the down projection `[..., k]`
+) -> Tensor: # What it reads of that, in front of gates
+    "The columns of the channels that are there."
+    wiring = self.mlp.__dict__.get('channel_wiring')
+    is_picked = wiring is not None and wiring.tap is not None
+    return x.index_select(-1, wiring.columns.to(x.device)) if is_picked else x
+
 # %% ../nbs/00_mlp.ipynb #c0025
 @patch
 def narrow(self:MlpSite,

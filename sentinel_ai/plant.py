@@ -123,11 +123,12 @@ def unlearn(self:Planting, key, share):
     records = self.m.sentinel.repairs.predictors
     if share is None: return
     order, d = list(records), share['a0'].shape[0]
+    site = self.m.sentinel.now.heads[key[0]]
     for k in order[order.index(key)+1:]:
         if k[0] != key[0] or k in self.back: continue
         part = share['A'][k[1]*d:(k[1]+1)*d] @ share['B']
         records[k]['W'] = records[k]['W'] - part
-        if self.remembers(k): self.memory.adjust(k, -part)
+        if self.remembers(k): self.memory.adjust(k, site.by_input(-part))
     records.pop(key)
 
 # %% ../nbs/04b_plant.ipynb #c0086
@@ -177,7 +178,7 @@ def blend(self:Planting, site, i, known):
         fits = lambda k: k in mine and other[k].shape == mine[k].shape
         alone = {k: v for k, v in other.items() if fits(k)}
         return write_head(site, i, alone, parts='qkvo' if value else 'qo')
-    if blend_heads(mine, other, self.alpha, value) is None: return warnings.warn(
+    if blend_heads(mine, other, self.alpha, value, site) is None: return warnings.warn(
         f'layers {site.layer} and {found[0].layer} have heads of different '
         'sizes; the head came back from memory alone')
     write_head(site, i, mine, parts='vo' if value else 'o')
@@ -200,10 +201,10 @@ def split(self:Planting, site, i):
     "Double a strong head; each channel is shared out."
     donor, is_mate = self.donor(site, i)
     values, _ = read_head(site, donor)
-    key, W, is_tall = part_matrix(values, 'o')
+    key, W, is_turned = part_matrix(values, 'o', site)
     r = (.3 + .4*torch.rand(len(W), 1, generator=self.gen)).to(W)
     g = float(gate_values(self.m)[site.layer, donor])
-    values[key] = ((r*g*W).mT if is_tall else r*g*W).contiguous()
+    values[key] = ((r*g*W).mT if is_turned else r*g*W).contiguous()
     write_head(site, i, values, parts='qo' if is_mate else 'qkvo')
     self.forget_moments(site, i)
     h, d = original_heads(self.m, site.layer)[donor], site.head_dim

@@ -191,10 +191,14 @@ def unprune(
 # %% ../nbs/03b_pruning.ipynb #c0083
 def _moments_now(m, site, gram):
     "Moments over the inputs that a layer has now."
-    n, d = site.n_heads, site.head_dim
-    if len(gram['mean']) == n*d: return gram
-    heads = original_heads(m, site.layer)
-    at = torch.cat([torch.arange(h*d, (h+1)*d) for h in heads])
+    now, d = original_heads(m, site.layer), site.head_dim
+    if 'heads' in gram: then = gram['heads'].tolist()
+    else: then = list(range(len(gram['mean'])//d))          # by hand, or before these were noted
+    if then == now: return gram
+    lacking = [h for h in now if h not in then]
+    check_allowed(not lacking, f'moments of layer {site.layer} without head {lacking[:1]}',
+                  'what was measured while it was there; measure again')
+    at = torch.cat([torch.arange(d) + then.index(h)*d for h in now])
     return dict(mean=gram['mean'][at], cov=gram['cov'][at][:, at])
 
 def _open_heads(m, heads):

@@ -81,7 +81,7 @@ class Recorder:
     ):
         self.heads, self.channels = heads, channels
         self.what, self.offload = what, offload
-        self.sites = [*heads, *(channels or ())]
+        self.sites = [s for s in (*heads, *(channels or ())) if s.n]     # an MLP may have none left
         self.sums = Sums(self.sites)
         self.taps = Taps(self.sites, self.inputs)
         self.watch = AttentionWatch(heads, self.attention) if 'entropy' in what else None
@@ -258,6 +258,7 @@ def tables_of(self:Recorder,
     "The tables of one kind."
     res = HeadStats({}, info=dict(model_type=self.heads.model_type, **info))
     for site in found:
+        if not site.n: continue
         tables, moments = _layer_tables(site, self.sums[site], self.examples)
         if moments: res.grams[site.layer] = moments
         for name, row in tables.items():

@@ -132,7 +132,7 @@ def _pairs_table(found, pairs, unit):
 @patch
 def settle_channels(self:PruneRequest, channels):
     "The multiple, and the channels that must be kept."
-    least = min(s.n for s in channels)
+    least = min((s.n for s in channels if s.n), default=1)    # some layers may have none left
     if self.multiple is None: self.multiple = 16 if least >= 256 else 1
     n, m = self.min_channels, self.multiple
     is_multiple = isinstance(m, int) and 1 <= m <= least

@@ -197,7 +197,7 @@ def _param_cost(site):
 def _cache_cost(site):
     "Bytes per cached token of a query head, and of a KV head."
     if site.columns_only or site.layout == 'mla': return 0., 0.
-    if 'v' not in site.proj: return 0., 0.
+    if not {'k', 'v'} & set(site.proj): return 0., 0.        # it reads what another layer keeps
     key_size = site.head_dim
     if site.layout == 'separate' and 'k' in site.proj:
         keys = site.attn.get_submodule(site.proj['k'])

@@ -43,6 +43,7 @@ class AttnSite(Site):
     native: 'AttnSite|None' = None # If widened: as built
     source: tuple = ()        # the native head that each takes after
     donors: tuple = ()        # (made from, shared columns?) of each new
+    maps: int = 1             # Attention maps of each head
 
 # %% ../nbs/001_site.ipynb #c0021
 def has_module(
@@ -103,6 +104,27 @@ def n(self:AttnSite) -> int:
 def width(self:AttnSite) -> int:
     "Columns of the output projection that belong to a unit."
     return self.head_dim
+
+# %% ../nbs/001_site.ipynb #54cb779f
+@patch(as_prop=True)
+def picked(self:AttnSite) -> Int[Tensor, ' h']|None: # None: all that run
+    "The heads that the output projection still reads, of those that run."
+    return getattr(getattr(self.inner, 'sentinel_wiring', None), 'picked', None)
+
+@patch(as_prop=True)
+def n_run(self:AttnSite) -> int:
+    "Heads that attention runs with."
+    wiring = getattr(self.inner, 'sentinel_wiring', None)
+    return self.n if self.picked is None else wiring.n_run
+
+@patch
+def read(self:AttnSite,
+    x:Tensor, # What comes to the output projection `[..., k]`
+) -> Tensor: # What it reads of that, in front of gates
+    "The columns of the heads that are there."
+    if self.picked is None: return x
+    heads = x.unflatten(-1, (self.n_run, self.width))
+    return heads.index_select(-2, self.picked.to(x.device)).flatten(-2)
 
 # %% ../nbs/001_site.ipynb #c0027
 @patch(as_prop=True)

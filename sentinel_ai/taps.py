@@ -93,14 +93,14 @@ class Taps:
             if s.blocks > 1:
                 self.handles.append(Opened(s, partial(self._routed, s)))
                 continue
-            before = s.out.register_forward_pre_hook(self._raw, prepend=True)
+            before = s.out.register_forward_pre_hook(partial(self._raw, s), prepend=True)
             behind = s.out.register_forward_pre_hook(partial(self._gated, s))
             self.handles += [before, behind, s.out.register_forward_hook(self._given)]
 
     def close(self):
         for h in self.handles: h.remove()
 
-    def _raw(self, module, args): self.raw = args[0]
+    def _raw(self, site, module, args): self.raw = site.read(args[0])
     def _given(self, module, args, out):
         if torch.is_grad_enabled() and self.seen: self.seen[-1].y = out
 

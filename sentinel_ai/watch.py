@@ -138,16 +138,21 @@ class AttentionWatch(TorchFunctionMode):
         super().__init__()
         self.found = found
         self.site = None                   # the layer that is running
+        self.n_rows = 0                    # of the batch that it was given
         self.start = None                  # of each row, where it is padded on the left
         self.back = None                   # the order of its heads, if calls have another
         self.parts = []                    # tables of this layer's calls so far
         self.handles = []
         for s in hm:
-            enter = s.attn.register_forward_pre_hook(partial(self._enter, s))
+            enter = s.attn.register_forward_pre_hook(partial(self._enter, s), with_kwargs=True)
             leave = s.attn.register_forward_hook(self._leave, always_call=True)
             self.handles += [enter, leave]
 
-    def _enter(self, site, module, args): self.site = site; self.parts.clear()
+    def _enter(self, site, module, args, kwargs):
+        x = args[0] if args else kwargs['hidden_states']
+        self.site, self.n_rows = site, len(x)
+        self.parts.clear()
+
     def _leave(self, module, args, out): self.site = None
     def close(self):
         for h in self.handles: h.remove()
@@ -164,9 +169,8 @@ class AttentionWatch(TorchFunctionMode):
 def _give(self:AttentionWatch, tables):
     "Hand on tables `[b h t]` when all heads of the layer are there."
     site = self.site
-    n = site.n_heads
-    is_differential = tables[0].shape[1] == 2*n
-    if is_differential: tables = [x.unflatten(1, (2, n)).mean(1) for x in tables]
+    n = site.n_run
+    if site.maps > 1: tables = [x.unflatten(1, (site.maps, -1)).mean(1) for x in tables]
     self.parts.append(tables)
     heads = sum(part[0].shape[1] for part in self.parts)
     if heads > n: raise UnsupportedArchitecture(
@@ -176,6 +180,8 @@ def _give(self:AttentionWatch, tables):
     tables = [torch.cat(x, 1) for x in zip(*self.parts)]
     if self.back is not None:
         tables = [x.index_select(1, self.back.to(x.device)) for x in tables]
+    if site.picked is not None:
+        tables = [x.index_select(1, site.picked.to(x.device)) for x in tables]
     self.found(site, *tables)
     self.parts.clear()
 
@@ -198,12 +204,11 @@ def _sdpa(self:AttentionWatch, query, key, value, attn_mask=None, dropout_p=0.,
 @patch
 def _softmax(self:AttentionWatch, input, dim=-1, *args, **kwargs):
     "Give a softmax that is attention; others aren't ours."
-    n = self.site.n_heads
+    n = self.site.n_run*self.site.maps
     if dim not in (-1, input.ndim-1): return
-    b, t = input.shape[:2]
-    is_folded = input.ndim == 3 and b % n == 0 and t != b
+    is_folded = input.ndim == 3 and len(input) == self.n_rows*n
     z = input.unflatten(0, (-1, n)) if is_folded else input
-    if z.ndim != 4 or z.shape[1] not in (n, 2*n): return
+    if z.ndim != 4 or z.shape[1] != n: return
     if z.shape[-1] < z.shape[-2]: return
     self.back = None
     self._give(self._formed(z))

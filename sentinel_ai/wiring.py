@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from .archs import said_by
 from .heads import HEAD_COUNTS, KV_COUNTS, AttnSite
 from .heads import core_linear, in_dim, unit_rows
 from .mlp_wiring import put_attribute, put_back
@@ -176,7 +177,7 @@ def _own_values(config, cls, now):
     own = {}
     for names, count in ((HEAD_COUNTS, now.n_heads), (KV_COUNTS, _n_kv(now))):
         for name in names:
-            is_count = isinstance(getattr(config, name, None), int)
+            is_count = isinstance(said_by(config, name), int)
             pattern = rf'self\.config\.{name}\b'
             if is_count and re.search(pattern, _source(cls)): own[name] = count
     if now.kv and now.layout != 'grouped': own['_attn_implementation'] = 'sentinel'
@@ -306,7 +307,9 @@ def _wire_heads(built, now, keep, wiring):
 def _wire_columns(built, keep, wiring):
     "All rows stay; select columns in front of the output projection."
     rows = unit_rows(built.head_dim, built.n_heads)
+    wiring.index('picked', list(keep))
     wiring.index('columns', rows[list(keep)].flatten())
+    wiring.n_run = built.n_heads
     hook = built.out.register_forward_pre_hook(wiring.pick_columns, prepend=True)
     wiring.tap = built.out, hook
 
