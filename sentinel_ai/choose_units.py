@@ -8,183 +8,16 @@ __all__ = ['choose_units', 'reachable_cost', 'choose_units_evenly']
 # %% ../nbs/02b_choose_units.ipynb #43558bd8
 import math, torch
 from dataclasses import replace
-from torch import Tensor
-from jaxtyping import Bool
 from fastcore.basics import patch
-from .costs import Units, by_group, closed_cost, count_by_group
+from jaxtyping import Bool
+from torch import Tensor
+from .costs import Units, by_group, closed_cost
+from .pool import Pool, Shortlist, running_sum, take_greedily, windows_of
 from .ranks import check_allowed
-
-# %% ../nbs/02b_choose_units.ipynb #c0044
-class _Pool:
-    "One kind while a choice is made: what is open, and what each open unit would add to the loss."
-    def __init__(self, units, examples):
-        self.units, self.examples = units, examples
-        self.open = units.exists & ~units.closed
-        self.before = self.open.sum(1)                   # l
-        protected = (self.open & units.protect).sum(1)
-        self.stay = torch.maximum(units.least, protected)
-        self.alone = _price_alone(units, examples)       # l u
-        self.price = self.alone.clone()                  # given what is closed
-
-# %% ../nbs/02b_choose_units.ipynb #c0095
-def _windows(vectors, *at):
-    "A part of the vectors, windows first, in 32 bits at least."
-    v = vectors[(slice(None), *at)]
-    is_wide = v.dtype in (torch.float32, torch.float64)
-    return v if is_wide else v.float()
-
-def _half_squares(units, examples):
-    "Half of each vector's squared length, over the examples."
-    def of_layer(l):
-        v = _windows(units.vectors, l)
-        return v.square().sum(0, dtype=torch.float64)
-    rows = [of_layer(l) for l in range(len(units.exists))]
-    return torch.stack(rows).cpu()/(2*examples)
-
-def _price_alone(units, examples):
-    "What closing each unit adds when nothing else is closed."
-    if units.vectors is not None: price = _half_squares(units, examples)
-    else: price = units.worth.detach().cpu().double().clone()
-    is_lost = units.exists & ~units.closed & ~price.isfinite()
-    lost = is_lost.nonzero().tolist()
-    what = f'{units.kind}: layer and unit {lost[:1]} without a finite price'
-    check_allowed(not lost, what, 'a number for every open unit')
-    return price
-
-# %% ../nbs/02b_choose_units.ipynb #c0045
-@patch
-def look(self:_Pool, total, rows=None):
-    "Price the units of these layers (None: all) against the sum of what is closed."
-    if self.units.vectors is None: return
-    for l in range(len(self.open)) if rows is None else rows:
-        v = _windows(self.units.vectors, l)
-        moved = (total.to(v) @ v).cpu()/self.examples    # s·a/N
-        self.price[l] = self.alone[l] + moved
-
-@patch
-def cost_now(self:_Pool):
-    "What closing each unit saves: the last of a group takes the group's cost along."
-    u = self.units
-    if u.group is None: return u.cost
-    left = count_by_group(self.open, u.group).gather(1, u.group)
-    return u.cost + u.group_cost[:, None]*(left == 1)
-
-@patch
-def values(self:_Pool):
-    "Price for each cost saved; infinite for what stays."
-    cost = self.cost_now()
-    has_room = (self.open.sum(1) > self.stay)[:, None]
-    is_free = self.open & ~self.units.protect & has_room
-    return torch.where(is_free & (cost > 0), self.price/cost, math.inf)
-
-# %% ../nbs/02b_choose_units.ipynb #c0096
-def _side_by_side(parts):
-    "The vectors of the shortlist; 0 for kinds that have none."
-    pools = [pool for pool, _, _ in parts]
-    n = len(_running_sum(pools))
-    def columns(pool, l, u):
-        if pool.units.vectors is None: return torch.zeros(n, len(u))
-        return _windows(pool.units.vectors, l, u).cpu()
-    have = [columns(*part) for part in parts]
-    is_wide = any(h.dtype == torch.float64 for h in have)
-    widest = torch.float64 if is_wide else torch.float32
-    return torch.cat([h.to(widest) for h in have], 1)    # n i
-
-def _running_sum(pools):
-    "0 for each window."
-    vectors = [p.units.vectors for p in pools]
-    sizes = {len(v) for v in vectors if v is not None}
-    what = f'vectors over {sorted(sizes)} windows'
-    check_allowed(len(sizes) <= 1, what, 'the same windows for all kinds')
-    return torch.zeros(max(sizes, default=0), dtype=torch.float64)
-
-# %% ../nbs/02b_choose_units.ipynb #c0049
-def _first(values, size):
-    "Numbers of the cheapest units in the order of the tables, and the first value not among them."
-    flat = torch.cat([v.flatten() for v in values])
-    order = flat.sort(stable=True).indices
-    best = order[:size]
-    best = best[flat[best].isfinite()].sort().values
-    is_all = len(order) <= size
-    return best, math.inf if is_all else float(flat[order[size]])
-
-def _located(values, numbers):
-    "Of each table the layers and units that these numbers stand for."
-    start, found = 0, []
-    for v in values:
-        here = (numbers >= start) & (numbers < start + v.numel())
-        at = numbers[here] - start
-        found.append((at//v.shape[1], at % v.shape[1]))
-        start += v.numel()
-    return found
-
-# %% ../nbs/02b_choose_units.ipynb #6fbf1368
-class _Shortlist:
-    "The cheapest units of all kinds, with the table of pairs that keeps their prices exact."
-    def __init__(self, pools, values, size):
-        best, self.limit = _first(values, size)
-        is_all = self.limit == math.inf
-        self.most = len(best) if is_all else max(1, size//8)
-        self.pools, self.free = pools, torch.ones(len(best), dtype=torch.bool)
-        parts, self.where = [], []
-        for k, (l, u) in enumerate(_located(values, best)):
-            parts.append((pools[k], l, u))
-            self.where += [(k, *at) for at in zip(l.tolist(), u.tolist())]
-        layers = [k*10**6 + l for k, l, _ in self.where]
-        self.layer = torch.tensor(layers)                # a number for each
-        self.price = torch.cat([p.price[l, u] for p, l, u in parts])
-        self.cost = torch.cat([p.cost_now()[l, u] for p, l, u in parts])
-        self.vectors = _side_by_side(parts)              # n i
-        products = (self.vectors.T @ self.vectors).double()
-        self.pairs = products/pools[0].examples          # i i
-
-# %% ../nbs/02b_choose_units.ipynb #c0050
-@patch
-def cheapest(self:_Shortlist):
-    "Number and value of the best unit on the list; ties go to the first."
-    if not self.free.any(): return None, math.inf
-    value = torch.where(self.free, self.price/self.cost, math.inf)
-    i = int(value.argmin())
-    return i, float(value[i])
-
-@patch
-def take(self:_Shortlist, i):
-    "Close one of the list. What that saves."
-    k, l, u = self.where[i]
-    pool, saves = self.pools[k], float(self.cost[i])
-    pool.open[l, u] = self.free[i] = False
-    self.price += self.pairs[i]
-    of_layer = self.layer == self.layer[i]
-    is_full = int(pool.open[l].sum()) <= int(pool.stay[l])
-    if is_full: self.free &= ~of_layer
-    if pool.units.group is not None:
-        at = of_layer.nonzero().flatten().tolist()
-        units = [self.where[j][2] for j in at]
-        self.cost[at] = pool.cost_now()[l, units]
-    return saves
-
-# %% ../nbs/02b_choose_units.ipynb #c0052
-def _greedy(pools, total, saved, goal, shortlist, nearest=False):
-    "Take the cheapest unit for what it saves until the goal is met or nothing is left. What is saved then."
-    while saved < goal - 1e-6:
-        for pool in pools: pool.look(total)
-        values = [pool.values() for pool in pools]
-        few, taken = _Shortlist(pools, values, shortlist), []
-        while saved < goal - 1e-6 and len(taken) < few.most:
-            i, value = few.cheapest()
-            is_dear = taken and value > few.limit
-            if i is None or is_dear: break
-            would_be = saved + float(few.cost[i])/2
-            if nearest and would_be > goal: return saved
-            saved += few.take(i)
-            taken.append(i)
-        if not taken: break
-        total += few.vectors[:, taken].double().sum(1)
-    return saved
 
 # %% ../nbs/02b_choose_units.ipynb #c0055
 @patch
-def regret(self:_Pool, layer, total):
+def regret(self:Pool, layer, total):
     "What opening each unit of a layer again would take off; −∞ for those this choice didn't close."
     self.look(total, [layer])
     was_open = self.units.exists[layer] & ~self.units.closed[layer]
@@ -194,7 +27,7 @@ def regret(self:_Pool, layer, total):
     return torch.where(was_open & ~self.open[layer], gain, -math.inf)
 
 @patch
-def give_back(self:_Pool, layer, count, total):
+def give_back(self:Pool, layer, count, total):
     "Open so many of the units that this choice closed in a layer, the dearest first. What that loses."
     lost, vectors = 0., self.units.vectors
     for _ in range(count):
@@ -202,7 +35,7 @@ def give_back(self:_Pool, layer, count, total):
         self.open[layer, u] = True
         lost += float(self.units.cost[layer, u])
         if vectors is None: continue
-        total -= _windows(vectors, layer, u).double().cpu()
+        total -= windows_of(vectors, layer, u).double().cpu()
     return lost
 
 # %% ../nbs/02b_choose_units.ipynb #c0102
@@ -223,7 +56,7 @@ def _ragged(pools):
 
 # %% ../nbs/02b_choose_units.ipynb #c0105
 @patch
-def offered(self:_Pool):
+def offered(self:Pool):
     "How many units each layer would close to come to the next multiple below; 0 where it must not."
     m, n = self.units.multiple, self.open.sum(1)
     below = (n - 1)//m*m
@@ -231,7 +64,7 @@ def offered(self:_Pool):
     return (n - torch.maximum(below, floor)).clamp_min(0)
 
 @patch
-def offers(self:_Pool):
+def offers(self:Pool):
     "Of each layer how many units make the next multiple, their price for each cost saved, and that cost."
     count = self.offered()
     values, order = self.values().sort(dim=1, stable=True)
@@ -251,7 +84,7 @@ def _close(pool, layer, count, total):
     pool.look(total, [layer])
     is_here = torch.arange(len(pool.open)) == layer
     values = torch.where(is_here[:, None], pool.values(), math.inf)
-    few = _Shortlist([pool], [values], max(4*count, 64))
+    few = Shortlist([pool], [values], max(4*count, 64))
     taken, saved = [], 0.
     for _ in range(count):
         i, _ = few.cheapest()
@@ -328,9 +161,9 @@ def choose_units(
     check_allowed(goal >= 0, f'goal={goal!r}', '0 or more')
     sizes = f'examples={examples!r}, shortlist={shortlist!r}'
     check_allowed(examples > 0 and shortlist >= 1, sizes, '1 or more')
-    pools = [_Pool(by_group(k) if k.whole else k, examples) for k in kinds]
-    total, saved = _running_sum(pools), sum(map(closed_cost, kinds))
-    saved = _greedy(pools, total, saved, goal, shortlist, nearest)
+    pools = [Pool(by_group(k) if k.whole else k, examples) for k in kinds]
+    total, saved = running_sum(pools), sum(map(closed_cost, kinds))
+    saved = take_greedily(pools, total, saved, goal, shortlist, nearest)
     saved = _in_multiples(pools, total, saved, goal, nearest)
     _check_met(kinds, pools, saved, goal, nearest)
     return [_all_closed(*pair) for pair in zip(kinds, pools)]
@@ -339,9 +172,9 @@ def choose_units(
 def _most_of(units):
     "What can be closed of a kind besides what is closed."
     free = replace(units, vectors=None, worth=torch.zeros(units.exists.shape))
-    pool = _Pool(by_group(free) if units.whole else free, 1)
+    pool = Pool(by_group(free) if units.whole else free, 1)
     if pool.units.group is not None:
-        return _greedy([pool], _running_sum([pool]), 0., math.inf, 10**6)
+        return take_greedily([pool], running_sum([pool]), 0., math.inf, 10**6)
     floor = _round_up(pool.stay, units.multiple)
     count = (pool.before - floor).clamp_min(0)
     is_free = pool.open & ~pool.units.protect
@@ -383,8 +216,8 @@ def choose_units_evenly(
     check_allowed(0 <= share <= 1, f'share={share!r}', '0 to 1')
     has_none = units.group is None
     check_allowed(has_none, f'{units.kind} with groups', 'units without; for heads there is choose_evenly')
-    pool, keep = _Pool(units, 1), _even_counts(units, share)
+    pool, keep = Pool(units, 1), _even_counts(units, share)
     _check_kept(pool, keep)
     pool.stay = keep
-    _greedy([pool], _running_sum([pool]), 0., math.inf, shortlist)
+    take_greedily([pool], running_sum([pool]), 0., math.inf, shortlist)
     return _all_closed(units, pool)

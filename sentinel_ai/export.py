@@ -8,241 +8,18 @@ __all__ = ['export_hf', 'even_layout', 'Kept', 'kept_heads', 'Exported', 'pre_to
 # %% ../nbs/07b_export.ipynb #c0002
 import copy, os, torch
 from dataclasses import dataclass
-from typing import NamedTuple
-from torch import nn, Tensor
-from .io import whole
-from .channels import sites
-from sentinel_ai.heads import (
-    HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim,
-    fresh_config)
-from .adaptive import plain_class
-from .repair import BIAS_FLAGS
-from .layout import (
-    Kept, KeptChannels, channel_rows, down_weight, even_layout,
-    exported, kept_channels, kept_heads, layout_cost, layout_slots,
-    out_weight, slot_rows, take_rows)
+from torch import Tensor, nn
 from .exported import (
     Exported, check_free, check_same, own_tensors, probe_logits)
 from .gguf_export import export_gguf, gguf_logits, pre_tokenizer
-
-# %% ../nbs/07b_export.ipynb #c0027
-class _Shape(NamedTuple):
-    "What a config has to say of every layer."
-    heads: int              # Query heads
-    kv_heads: int           # Key/value heads
-    head_dim: int
-    setting: str|None = None  # What the config calls channels; None: as built
-    channels: int|None = None # and how many
-
-    def __str__(self):
-        if self.setting: return f'{self.channels} channels as {self.setting}'
-        return (f'{self.heads} query heads of size {self.head_dim} '
-                f'on {self.kv_heads} key/value heads')
-
-def _cannot(m, shape, why):
-    "The error for a shape that the config of this model can't say."
-    why = str(getattr(why, '__cause__', None) or why).split(';')[0].rstrip('.')
-    return ValueError(
-        f'{type(m.config).__name__} cannot say {shape} ({why}); '
-        'export_hf(..., pad=True) looks for a number that it can say, '
-        'and save_pretrained keeps any for readers with sentinel_ai')
-
-# %% ../nbs/07b_export.ipynb #c0105
-def _set_first(cfg, names, value):
-    "Set the first of these settings that the config has."
-    name = next((name for name in names if hasattr(cfg, name)), None)
-    if name: setattr(cfg, name, value)
-
-def _say(cfg, shape, flags):
-    "Write a shape into a config, and let the config check itself."
-    _set_first(cfg, HEAD_COUNTS, shape.heads)
-    _set_first(cfg, KV_COUNTS, shape.kv_heads)
-    all_heads = shape.heads*shape.head_dim == cfg.hidden_size
-    follows = not hasattr(cfg, 'head_dim') and all_heads
-    same = getattr(cfg, 'head_dim', None) == shape.head_dim
-    if not same and not follows: cfg.head_dim = shape.head_dim
-    if shape.setting: setattr(cfg, shape.setting, shape.channels)
-    for flag in flags: setattr(cfg, flag, True)
-    if hasattr(cfg, 'validate'): cfg.validate()   # loading would do it too
-
-def _config(m, shape, flags=()):
-    "A copy of the model's config with that shape, or a `ValueError`."
-    cfg = fresh_config(m.config)
-    if hasattr(cfg, 'sentinel'): del cfg.sentinel
-    try: _say(cfg, shape, flags)
-    except Exception as e: raise _cannot(m, shape, e) from e
-    return cfg
-
-# %% ../nbs/07b_export.ipynb #c0028
-def _check_skeleton(m, found, shape):
-    "Is the skeleton of the shape that the config was told?"
-    for site in found.heads:
-        has = _Shape(site.n_heads, site.n_kv_heads, site.head_dim)
-        if has != shape[:3] + (None, None):
-            raise _cannot(m, shape, f'layer {site.layer} would have {has}')
-    if shape.setting is None: return
-    for site in found.channels:
-        if site.n != shape.channels:
-            raise _cannot(m, shape, f'layer {site.layer} would have {site.n}')
-
-def _skeleton(m, shape, flags=()):
-    "A model of the same class without data, and where its units are."
-    shape = _Shape(*shape)
-    cfg = _config(m, shape, flags)
-    try:
-        with torch.device('meta'): new = plain_class(m)(cfg)
-        found = sites(new)
-    except Exception as e: raise _cannot(m, shape, e) from e
-    _check_skeleton(m, found, shape)
-    return new, found
-
-# %% ../nbs/07b_export.ipynb #c0133
-_CHANNEL_SETTINGS = (
-    'intermediate_size', 'ffn_dim', 'n_inner', 'ffn_hidden_size', 'd_ff',
-    'dim_ff', 'shared_expert_intermediate_size', 'moe_intermediate_size')
-
-def _with_channels(m, shape, n):
-    "The same shape, with `n` channels in every MLP."
-    _skeleton(m, shape)                  # what is wrong with heads is said first
-    names = [name for name in _CHANNEL_SETTINGS if hasattr(m.config, name)]
-    for name in names:
-        new = shape._replace(setting=name, channels=n)
-        try: _skeleton(m, new)
-        except ValueError: continue
-        return new
-    raise ValueError(
-        f'{type(m.config).__name__} has no setting '
-        f'that gives every MLP {n} channels '
-        f'(tried: {", ".join(names) or "none is there"}); '
-        'save_pretrained keeps any number for readers with sentinel_ai')
-
-# %% ../nbs/07b_export.ipynb #c0109
-_WAYS_OUT = (
-    "prune(model, ..., scope='layer') gives every layer the same number; "
-    'export_hf(..., pad=True) fills up with heads of zeros; '
-    'save_pretrained keeps any shape for readers with sentinel_ai, '
-    'and export_gguf for llama.cpp')
-
-def _fit(k, first):
-    "Lay a layer out if it has the shape of the first one."
-    counts = [k.kv.count(head) for head in sorted(set(k.kv))]
-    if len(k.heads) != len(first.heads): raise ValueError(
-        f'layer {k.layer} keeps {len(k.heads)} heads and layer {first.layer} keeps '
-        f'{len(first.heads)}, which one config cannot say: {_WAYS_OUT}')
-    if len(set(counts)) > 1 or len(counts) != len(set(first.kv)): raise ValueError(
-        f'layer {k.layer} has {counts} query heads on its key/value heads; '
-        f'a config needs the same number on each, in every layer: {_WAYS_OUT}')
-    k.layout = even_layout(k.kv, counts[0])
-
-# %% ../nbs/07b_export.ipynb #c0026
-def _candidates(some):
-    "(size of a group, groups) that hold each of these layers, cheapest first."
-    most = max(k.kv.count(head) for k in some for head in k.kv)
-    full = max(k.site.n_heads for k in some)
-    found = []
-    for group in range(1, most+1):
-        need = max(len(layout_slots(k.kv, group)[1]) for k in some)
-        found += [(group, n) for n in range(need, need+full)]
-    def cost(pair): return layout_cost(pair[0]*pair[1], pair[1])
-    return sorted(found, key=cost)
-
-def _pad(m, kept, some):
-    "The cheapest shape that holds every layer and that the config can say."
-    for group, n in _candidates(some):
-        shape = _Shape(group*n, n, some[0].site.head_dim)
-        try: _skeleton(m, shape)
-        except ValueError: continue
-        for k in kept: k.layout = even_layout(k.kv, group, *shape[:2])
-        return shape
-    raise ValueError(
-        f'{type(m.config).__name__} can say no number of heads '
-        'that holds what is left; use save_pretrained instead')
-
-# %% ../nbs/07b_export.ipynb #c0111
-def _common(m, kept, pad):
-    "One number of heads for all layers; sets the layout of each."
-    some = [k for k in kept if k.site]
-    if not some: raise ValueError(
-        'no layer has a head left; a plain checkpoint needs at least one')
-    if pad: return _pad(m, kept, some)
-    for k in kept: _fit(k, some[0])
-    heads, kv_heads = map(len, some[0].layout)
-    return _Shape(heads, kv_heads, some[0].site.head_dim)
-
-# %% ../nbs/07b_export.ipynb #c0136
-def _check_even(mlps):
-    "Raise `ValueError` where layers keep different numbers of channels, or none."
-    first = mlps[0]
-    out = (
-        'export_hf(..., pad=True) fills up with channels of zeros; '
-        'save_pretrained keeps any number '
-        'for readers with sentinel_ai, and export_gguf for llama.cpp')
-    for k in mlps:
-        if len(k.channels) == len(first.channels): continue
-        raise ValueError(
-            f'layer {k.layer} keeps {len(k.channels)} channels and layer '
-            f'{first.layer} keeps {len(first.channels)}; a config needs '
-            f'the same number in every layer: {out}')
-    if not first.channels: raise ValueError(
-        f'no layer keeps a channel, where a config needs at least one: {out}')
-
-def _as_built(m, mlps, shape):
-    "Has every MLP, with nothing closed, the channels that the config says?"
-    if not all(k.whole for k in mlps): return False
-    found = _skeleton(m, shape)[1].channels
-    return all(found.sites[k.layer].n == k.site.n for k in mlps)
-
-# %% ../nbs/07b_export.ipynb #904280f4
-def _on_grid(m, mlps, n, pad):
-    "A number of channels that plain experts can run with: their kernel takes rows of 16 bytes."
-    grid = 16//m.dtype.itemsize if any(k.site.blocks > 1 for k in mlps) else 1
-    if n % grid and not pad: raise ValueError(
-        f'{n} channels are kept in every layer, and experts of {m.dtype} need a multiple of {grid}: '
-        f'prune(model, ..., multiple={grid}) keeps that; '
-        'export_hf(..., pad=True) fills up with channels of zeros')
-    return n + -n % grid
-
-def _fit_channels(m, mlps, shape, pad):
-    "The shape with one number of channels for all layers; sets the slots of each."
-    if _as_built(m, mlps, shape): return shape
-    if not pad: _check_even(mlps)
-    n = _on_grid(m, mlps, max([1, *(len(k.channels) for k in mlps)]), pad)
-    new = _with_channels(m, shape, n)
-    for k in mlps: k.slots = k.channels + [-1]*(n - len(k.channels))
-    return new
-
-# %% ../nbs/07b_export.ipynb #c0030
-def _check_separable(units, as_built):
-    "Refuse architectures in which a missing unit changes what others compute."
-    for k in units:
-        if not k.site or not k.site.stay: continue
-        if k.whole and as_built: continue
-        raise ValueError(
-            f'layer {k.layer} ({type(k.site.module).__name__}) '
-            f'computes a norm or a mask from all {k.site.kind}, '
-            'so a plain checkpoint cannot leave any out; '
-            'save_pretrained can, for readers with sentinel_ai')
-
-# %% ../nbs/07b_export.ipynb #c0116
-def _with_biases(m, shape):
-    "The skeleton, with room for every tensor that the model has."
-    own = own_tensors(m)
-    def homeless(flags):
-        theirs = _skeleton(m, shape, flags)[0].state_dict()
-        return [name for name in own if name not in theirs]
-    flags = []
-    lost = homeless(flags)
-    for flag in (*BIAS_FLAGS, 'mlp_bias'):
-        if not lost or getattr(m.config, flag, None) is not False: continue
-        fewer = homeless([*flags, flag])
-        if len(fewer) == len(lost): continue
-        flags.append(flag)
-        lost = fewer
-    if lost: raise ValueError(
-        f'{lost[0]}: {type(m.config).__name__} has no setting that gives '
-        f"{plain_class(m).__name__} this tensor; repair with 'linear', "
-        'which needs no bias, or use save_pretrained')
-    return _skeleton(m, shape, flags)
+from .heads import HEAD_COUNTS, base_model, core_linear, first_attr, in_dim
+from .io import whole
+from sentinel_ai.layout import (
+    Kept, KeptChannels, channel_rows, down_weight, even_layout,
+    exported, kept_channels, kept_heads, out_weight, slot_rows,
+    take_rows)
+from .skeleton import (
+    check_separable, common_shape, fit_channels, roomy_skeleton)
 
 # %% ../nbs/07b_export.ipynb #c0031
 @dataclass
@@ -380,11 +157,11 @@ def _fill(new, found, units, own):
 # %% ../nbs/07b_export.ipynb #c0126
 def _plain_model(m, kept, mlps, pad):
     "A model of the plain class that computes the same."
-    shape = _common(m, kept, pad)
-    _check_separable(kept, shape.heads == first_attr(m.config, HEAD_COUNTS))
-    shape = _fit_channels(m, mlps, shape, pad)
-    _check_separable(mlps, shape.setting is None)
-    new, found = _with_biases(m, shape)
+    shape = common_shape(m, kept, pad)
+    check_separable(kept, shape.heads == first_attr(m.config, HEAD_COUNTS))
+    shape = fit_channels(m, mlps, shape, pad)
+    check_separable(mlps, shape.setting is None)
+    new, found = roomy_skeleton(m, shape)
     new = new.to(m.dtype)
     weights = _fill(new, found, [*kept, *mlps], own_tensors(m))
     new.load_state_dict(weights, assign=True)

@@ -53,7 +53,7 @@ def check_scores(table, exists, criterion, kind='heads'):
         'use another criterion, or more text')
 
 @patch
-def by_depth(self:PruneRequest, n_layers) -> Float[Tensor, 'l']:
+def by_depth(self:PruneRequest, n_layers) -> Tensor: # One for each layer
     "By what each layer's prices are multiplied: 1 without trials."
     return torch.exp(self.slope*(torch.arange(n_layers) - (n_layers - 1)/2))
 

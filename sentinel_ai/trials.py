@@ -8,10 +8,9 @@ __all__ = ['TRIAL_TOKENS', 'TRIALS', 'FEWEST_TRIALS', 'MOST_TILT', 'trial_text',
 # %% ../nbs/03b_trials.ipynb #602c2bc8
 import copy, math, torch
 from torch import nn, Tensor
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from fastcore.basics import patch
 from .bridges import batch_on
-from .gates import set_gates
 from .measure import forward_args, measuring
 from .request import PruneRequest
 from .rounds import shut_units

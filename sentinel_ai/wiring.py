@@ -6,15 +6,15 @@
 __all__ = ['sync_sizes', 'wire_attention', 'unwire_attention']
 
 # %% ../nbs/02d_wiring.ipynb #c0003
-import functools, inspect, itertools, re, sys, torch
-from torch import nn, Tensor
+import functools, inspect, re, torch
 from fastcore.basics import patch
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .archs import said_by
-from .heads import HEAD_COUNTS, KV_COUNTS, AttnSite
-from .heads import core_linear, in_dim, unit_rows
+from .heads import (
+    AttnSite, HEAD_COUNTS, KV_COUNTS, core_linear, in_dim, unit_rows)
 from .mlp_wiring import put_attribute, put_back
+from .uneven import Group, NativeView, eager_of, runs_of
 
 # %% ../nbs/02d_wiring.ipynb #c0007
 _OUTER = {  # what a layer calls its inputs (0), its outputs (1)
@@ -39,72 +39,6 @@ class _LayerConfig:
         if name.startswith('__') or name == 'base': raise AttributeError(name)
         return getattr(self.base, name)
 
-# %% ../nbs/02d_wiring.ipynb #c0019
-class _Group:
-    "What SDPA asks a module: the query heads of each KV head."
-    def __init__(self, n, is_causal):
-        self.num_key_value_groups = n
-        self.is_causal = is_causal
-
-def _runs(kv, is_causal):
-    "Query heads, KV heads and `_Group` of each run; `kv` is sorted."
-    sizes = [len(list(group)) for _, group in itertools.groupby(kv)]
-    runs = [(n, len(list(same))) for n, same in itertools.groupby(sizes)]
-    n_query = [n*n_kv for n, n_kv in runs]
-    n_keys = [n_kv for _, n_kv in runs]
-    return n_query, n_keys, [_Group(n, is_causal) for n, _ in runs]
-
-# %% ../nbs/02d_wiring.ipynb #c0023
-def _can_split(impl, mask, kwargs):
-    "Has a call to SDPA nothing of its own for each head?"
-    per_head = 's_aux', 'position_bias', 'cache'
-    shared = mask is None or mask.shape[1] == 1
-    plain = all(kwargs.get(name) is None for name in per_head)
-    return impl == 'sdpa' and shared and plain
-
-def _by_runs(wiring, attend, query, key, value, mask, kwargs):
-    "Attention, one call for each run."
-    n_query, n_keys, groups = wiring.runs
-    is_sorted = wiring.order is None
-    if not is_sorted: query = query.index_select(1, wiring.at('order', query))
-    keys = key.split(n_keys, 1)
-    values = value.split(n_keys, 1)
-    parts = zip(groups, query.split(n_query, 1), keys, values)
-    outs = [attend(g, q, k, v, mask, **kwargs)[0] for g, q, k, v in parts]
-    out = torch.cat(outs, 2)
-    return out if is_sorted else out.index_select(2, wiring.at('back', out))
-
-# %% ../nbs/02d_wiring.ipynb #c0026
-class _Native:
-    "An attention module as its kernel wants it: with the model's own config."
-    def __init__(self, module):
-        self.__dict__.update(module=module, config=module.config.base)
-
-    def __getattr__(self, name): return getattr(self.module, name)
-
-def _uneven_attention(module, query, key, value, attention_mask, **kwargs):
-    "Attention whose query heads read KV heads by the wiring."
-    wiring = module.sentinel_wiring
-    impl = module.config.base._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get(impl, wiring.eager)
-    if _can_split(impl, attention_mask, kwargs):
-        out = _by_runs(wiring, attend, query, key, value, attention_mask, kwargs)
-        return out, None
-    kv = wiring.at('kv', key)
-    key = key.index_select(1, kv)
-    value = value.index_select(1, kv)
-    if impl not in ('sdpa', 'eager', 'flex_attention'): module = _Native(module)
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-ALL_ATTENTION_FUNCTIONS.register('sentinel', _uneven_attention)
-
-# %% ../nbs/02d_wiring.ipynb #c0028
-def _eager(cls):
-    "The modeling file's own plain attention; None if it has none."
-    files = (sys.modules.get(base.__module__) for base in cls.__mro__)
-    found = (getattr(file, 'eager_attention_forward', None) for file in files)
-    return next(filter(None, found), None)
-
 # %% ../nbs/02d_wiring.ipynb #c0031
 class _Wiring(nn.Module):
     "What a layer needs besides smaller weights, and how to undo it."
@@ -121,6 +55,8 @@ class _Wiring(nn.Module):
     def index(self, name, idx):
         idx = torch.as_tensor(idx, dtype=torch.long, device='cpu')
         self.register_buffer(name, idx, persistent=False)
+
+_Group, _Native = Group, NativeView  # their names in models that were pickled before
 
 # %% ../nbs/02d_wiring.ipynb #c0032
 @patch
@@ -255,8 +191,8 @@ def _wire_kv(built, now, wiring):
     inner = built.inner
     in_order = sorted(now.kv)
     wiring.index('kv', now.kv)
-    wiring.eager = _eager(type(inner))
-    wiring.runs = _runs(in_order, getattr(inner, 'is_causal', True))
+    wiring.eager = eager_of(type(inner))
+    wiring.runs = runs_of(in_order, getattr(inner, 'is_causal', True))
     if list(now.kv) == in_order: return
     order = torch.tensor(now.kv, device='cpu').argsort(stable=True)
     wiring.index('back', order.argsort())
