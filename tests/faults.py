@@ -1,7 +1,9 @@
-"""Exceptions at any torch operation or any line of `sentinel_ai`, and a picture of all that an edit must leave as it was."""
+"""Exceptions at any torch operation, any line of `sentinel_ai` or any access to a file, and a picture of what an edit must leave as it was."""
+import errno
 import gc
 import itertools
 import linecache
+import os
 import random
 import sys
 import warnings
@@ -64,6 +66,67 @@ class fail_at_line:
             self.at_end = source.startswith('return')
             raise self.kind('injected')
         return self.line
+
+
+class DiskFull(OSError):
+    def __init__(self, text): super().__init__(errno.ENOSPC, text)
+
+
+FILE_KINDS = (DiskFull, KeyboardInterrupt)
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_NEED_ROOM = 'open', 'os.mkdir', 'write', 'fsync'       # what a full disk refuses; names can still change and vanish
+_CHANGES = {'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.link', 'os.truncate'}
+_watching = []                                          # faults that are switched on; an audit hook can't be taken off
+
+
+def _on_audit(event, args):
+    if not _watching: return
+    if event == 'open' and isinstance(args[2], int) and args[2] & _WRITES: _watching[-1].meet(event, args[0])
+    elif event in _CHANGES: _watching[-1].meet(event, args[0])
+
+
+sys.addaudithook(_on_audit)
+
+
+class fail_at_file:
+    """Raise at the `n`-th change (from 1) to a file or folder: opened to write, written, forced to the disk, renamed, linked, removed, made.
+
+    `folder`: others don't count. `lasting`: the disk stays full, so whatever needs room fails from there on."""
+    def __init__(self, n=NEVER, kind=DiskFull, folder=None, lasting=False):
+        self.n, self.kind, self.folder, self.lasting = n, kind, folder, lasting
+        self.count, self.fired, self.at_end = 0, None, False
+
+    def __enter__(self):
+        import safetensors.torch
+        self.real = real = dict(fsync=os.fsync, serialize=safetensors.torch.serialize_file)
+
+        def fsync(fd):
+            self.meet('fsync', None)
+            return real['fsync'](fd)
+
+        def serialize(tensors, path, *args, **kwargs):
+            real['serialize'](tensors, path, *args, **kwargs)
+            try: self.meet('write', path)
+            except BaseException:
+                os.truncate(path, os.path.getsize(path)//2)        # a part of it is there
+                raise
+        os.fsync, safetensors.torch.serialize_file = fsync, serialize
+        _watching.append(self)
+        return self
+
+    def __exit__(self, *error):
+        import safetensors.torch
+        _watching.remove(self)
+        os.fsync, safetensors.torch.serialize_file = self.real['fsync'], self.real['serialize']
+
+    def meet(self, event, path):
+        "An access; some of them are the last."
+        if self.folder is not None and path is not None and not str(path).startswith(str(self.folder)): return
+        self.count += 1
+        is_over = self.fired is not None and self.lasting and event in _NEED_ROOM
+        if self.count != self.n and not is_over: return
+        if self.fired is None: self.fired = f'{event} {path}'
+        raise self.kind('injected')
 
 
 def count_ops(f):

@@ -1,7 +1,8 @@
 """Any order of edits, on small models of odd shapes: what is promised of each edit holds after all that came before it.
 
-`SENTINEL_STEPS=2000 pytest tests/test_machine.py` takes many more steps than an ordinary run, `SENTINEL_SEED=7` other ones. A sequence that fails is
-made as short as possible and printed, each edit with its arguments.
+2,000 steps by default, in `PARTS` tests, always the same ones. `SENTINEL_STEPS=20000 pytest tests/test_machine.py` takes more,
+`SENTINEL_SEED=7` others. A sequence that fails is made as short as possible and printed as a script: paste it into a file in the
+repository's root and run it.
 """
 import copy
 import os
@@ -18,7 +19,7 @@ import torch
 import transformers
 
 pytest.importorskip('hypothesis')
-from hypothesis import HealthCheck, Phase, event, note, seed, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, currently_in_test_context, event, note, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test  # noqa: E402
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import differences, picture  # noqa: E402
 from test_units import same_state, state  # noqa: E402
 
-from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, expand, gate_values, grow,  # noqa: E402
+from sentinel_ai import (Agency, ConsentError, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, expand, gate_values, grow,  # noqa: E402
                          harden_gates, load_checkpoint, merge_gates, prune, random_model, regrow, remove_skips, save_checkpoint,
                          set_gates, unadapt, ungrow, unmerge_gates, unprune)
 from sentinel_ai.gates import is_merged  # noqa: E402
@@ -39,12 +40,14 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
-STEPS = int(os.environ.get('SENTINEL_STEPS', 240))
-LENGTH = 12
-MODELS = ['gpt2', 'llama', 'bloom', 'phi3', 'opt', 'gpt_neox', 'falcon']
+STEPS = int(os.environ.get('SENTINEL_STEPS', 2000))
+SEED = int(os.environ.get('SENTINEL_SEED', 0))
+PARTS, LENGTH = 8, 16          # tests, and steps of a sequence
+EVERY = 4                      # steps between whole checks
+MODELS = ['gpt2', 'llama', 'bloom', 'phi3', 'opt', 'gpt_neox', 'falcon', 'qwen3', 'olmo2', 'bitnet']
 IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29], [62, 14, 7, 50, 3, 9, 27, 44]])
 CALIB = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(1))
-REFUSALS = ValueError, RuntimeError, TypeError      # UnsupportedArchitecture is a ValueError; TypeError: adapt(model) first
+REFUSALS = ValueError, RuntimeError, TypeError, IndexError, KeyError, OSError      # UnsupportedArchitecture is a ValueError; TypeError: adapt(model) first
 # What torch says when something of ours is wrong: no refusal
 RAW = re.compile(r'size mismatch|shapes? (of )?tensor|must match|cannot be multiplied|out of (bounds|range)|Expected all tensors|inplace|shape \'\[|'
                  r'unsupported operand|has no attribute|not subscriptable|missing \d|unexpected keyword|must be Tensor|not iterable')
@@ -62,10 +65,17 @@ def shape_of(name, n_layers, heads, group, d, wide, ffn, tied):
     if name == 'falcon': return common | dict(new_decoder_architecture=True, num_kv_heads=kv, ffn_hidden_size=ffn)
     common |= dict(intermediate_size=ffn)
     if name == 'gpt_neox': return common
-    if name == 'llama' and wide: common |= dict(hidden_size=2*hidden)
-    return common | dict(num_key_value_heads=kv) | (dict(head_dim=d) if name == 'llama' else {})
+    if name in ('llama', 'qwen3') and wide: common |= dict(hidden_size=2*hidden)
+    return common | dict(num_key_value_heads=kv) | (dict(head_dim=d) if name in ('llama', 'qwen3') else {})
 
 
+WRONG = [
+    ('set_gates outside', lambda m: set_gates(m, {(99, 0): 0.})), ('set_gates NaN', lambda m: set_gates(m, {(0, 0): float('inf')})),
+    ('prune nothing', lambda m: prune(m, -1, CALIB)), ('prune without text', lambda m: prune(m, 1, [])),
+    ('prune too much', lambda m: prune(m, params=1, batches=CALIB)), ('close outside', lambda m: close_heads(m, [(0, 99)], CALIB)),
+    ('reattach outside', lambda m: reattach(m, [(99, 0)])), ('regrow outside', lambda m: regrow(m, [(0, 99)])),
+    ('grow a layer', lambda m: grow(m, layers=[99])), ('grow fewer', lambda m: grow(m, heads=-1)),
+    ('load nothing', lambda m: load_checkpoint('nowhere', m))]
 NUMBERS = st.integers(0, 99)
 KINDS = st.sampled_from(['heads', 'channels'])
 
@@ -79,10 +89,21 @@ def near(a, b, what, tol=1e-4):
     assert a.isfinite().all() and (a - b).abs().max() <= tol*scale, f'{what}: {(a - b).abs().max():.2g} apart'
 
 
+def say(text, to=note):
+    "Tell hypothesis, when it is there: a pasted script runs without it."
+    if currently_in_test_context(): to(text)
+
+
+# What a script needs in front of the steps that hypothesis prints
+HEAD = "import sys\nsys.path.insert(0, 'tests')\nfrom test_machine import Edits"
+
+
 class Edits(RuleBasedStateMachine):
     "A model with its optimiser, and what is known about it."
     def __init__(self):
         super().__init__()
+        say(HEAD)
+        self.count = 0
         self.folder = Path(tempfile.mkdtemp())
         self.saved = self.ramp = self.memory = self.agency = None
         self.trained = self.grown = self.deep = self.drawn = self.split = False
@@ -104,20 +125,22 @@ class Edits(RuleBasedStateMachine):
                 f()
         except REFUSALS as e:
             assert not RAW.search(str(e)), f'{name}: {type(e).__name__}: {e}'
-            note(f'# refused: {type(e).__name__}: {str(e)[:120]}')
-            event(f'{name} refused')
+            say(f'# refused: {type(e).__name__}: {str(e)[:120]}')
+            say(f'{name} refused', event)
             left = differences(before, picture(self.model, self.optimizer, self.memory, self.agency))
+            if isinstance(e, ConsentError): left = [x for x in left if not x.startswith('/agency/events')]     # what was asked stays on record
             assert not left, f'{name} was refused ({str(e)[:80]}) and changed {left[:4]}'
             return False
-        event(f'{name} done')
-        if same: near(logits(self.model), before['logits'], name)
-        self.check()
-        return True
-
-    def check(self):
-        "What must hold of every model."
+        say(f'{name} done', event)
         out = logits(self.model)
         assert out.isfinite().all()
+        if same: near(out, before['logits'], name)
+        self.count += 1
+        if self.count % EVERY == 0: self.check(out)
+        return True
+
+    def check(self, out):
+        "What must hold of every model, of which `out` is the output."
         self.check_gradients()
         config = self.model.sentinel.config
         if is_merged(self.model) or config.mode != 'static': return
@@ -186,12 +209,14 @@ class Edits(RuleBasedStateMachine):
         known = {id(p) for g in self.optimizer.param_groups for p in g['params']}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
 
+    @precondition(lambda self: self.model.sentinel.config.mode != 'static')
     @rule()
     def harden(self): self.attempt('harden_gates', lambda: harden_gates(self.model))
 
     @rule()
     def merge(self): self.attempt('merge_gates', lambda: merge_gates(self.model), same=True)
 
+    @precondition(lambda self: is_merged(self.model))
     @rule()
     def unmerge(self): self.attempt('unmerge_gates', lambda: unmerge_gates(self.model), same=True)
 
@@ -219,6 +244,12 @@ class Edits(RuleBasedStateMachine):
     def unprune(self, given):
         self.ramp = None
         if self.attempt('unprune', lambda: unprune(self.model, self.optimizer if given else None)): self.is_plain('unprune')
+
+    @rule(number=NUMBERS)
+    def ask_too_much(self, number):
+        "What no model can do is refused."
+        name, run = WRONG[number % len(WRONG)]
+        assert not self.attempt(name, lambda: run(self.model)), f'{name} was done'
 
     # surgery
     @rule(given=st.booleans())
@@ -300,7 +331,7 @@ class Edits(RuleBasedStateMachine):
         self.optimizer.zero_grad()
         self.model.eval()
         self.trained = True
-        self.check()
+        self.check(logits(self.model))
 
     # files
     @rule()
@@ -364,7 +395,7 @@ class Edits(RuleBasedStateMachine):
         unprune(m, self.optimizer)
         if self.grown:
             try: ungrow(m, self.optimizer)
-            except RuntimeError as e: return note(f'# {e}')
+            except RuntimeError as e: return say(f'# {e}')
             self.grown = False
         self.is_plain('at the end')
         unadapt(m)
@@ -372,10 +403,25 @@ class Edits(RuleBasedStateMachine):
         if not other: assert type(m) is type(self.plain) and same_state(state(m), state(self.plain))
 
 
-def test_any_order_of_edits():
-    more = 'SENTINEL_STEPS' in os.environ or 'SENTINEL_SEED' in os.environ
-    options = settings(max_examples=max(1, STEPS//LENGTH), stateful_step_count=LENGTH, derandomize=not more, deadline=None, database=None,
-                       suppress_health_check=list(HealthCheck), print_blob=False, report_multiple_bugs=False,
-                       phases=[Phase.generate, Phase.shrink])
-    machine = seed(int(os.environ['SENTINEL_SEED']))(Edits) if 'SENTINEL_SEED' in os.environ else Edits
-    run_state_machine_as_test(machine, settings=options)
+def walk(machine, steps, start, phases=(Phase.generate, Phase.shrink)):
+    "Take so many steps, in sequences that begin with a seed."
+    options = settings(max_examples=max(1, steps//LENGTH), stateful_step_count=LENGTH, deadline=None, database=None, print_blob=False,
+                       suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=phases)
+    run_state_machine_as_test(seed(start)(machine), settings=options)
+
+
+@pytest.mark.parametrize('part', range(PARTS))
+def test_any_order_of_edits(part):
+    walk(type('Edits', (Edits,), {}), STEPS//PARTS, PARTS*SEED + part)
+
+
+def test_what_fails_is_printed_as_a_script():
+    "What is printed, pasted, fails in the same way."
+    class Spoiled(Edits):
+        def attempt(self, name, f, same=False): raise AssertionError(f'spoiled {name}')
+    Spoiled.__name__ = 'Edits'
+    with pytest.raises(AssertionError, match='spoiled') as e: walk(Spoiled, 64, 0, [Phase.generate])
+    notes = e.value.__notes__
+    script = '\n'.join(notes[notes.index(HEAD):])
+    assert HEAD in script and 'state.build(' in script
+    with pytest.raises(AssertionError, match=str(e.value)): exec(script.replace(HEAD, ''), dict(Edits=Spoiled))

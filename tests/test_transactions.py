@@ -1,4 +1,4 @@
-"""An edit happens whole or not at all: exceptions at random operations and lines of every edit leave everything as it was.
+"""An edit happens whole or not at all: exceptions at random operations, lines and file accesses of every edit leave everything as it was.
 
 `FAULTS=500 pytest tests/test_transactions.py -k compact` tries many more places than the few of an ordinary run.
 """
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import IDS, KINDS, attempt, differences, fail_at_line, fail_at_op, picture, random_numbers  # noqa: E402
+from faults import (FILE_KINDS, IDS, KINDS, attempt, differences, fail_at_file, fail_at_line, fail_at_op, picture,  # noqa: E402
+                    random_numbers)
 from test_matrix import build  # noqa: E402
 
 from sentinel_ai import (Agency, GateConfig, HeadMemory, HeadPlan, adapt, add_skips, close_heads, compact,  # noqa: E402
@@ -364,13 +365,14 @@ def wrong(scene, before):
 def test_a_fault_changes_nothing(edit, name, tmp_path):
     make, run = EDITS[edit]
     done, gen, found = make(name, tmp_path/'done'), random.Random(f'{edit} {name}'), []
-    with fail_at_op() as ops, fail_at_line() as lines: run(done)
+    with fail_at_op() as ops, fail_at_line() as lines, fail_at_file(folder=tmp_path/'done') as files: run(done)
     want = done.picture()
     scene = make(name, tmp_path/'scene')
     before = scene.picture()
-    for injector, count in ((fail_at_op, ops.count), (fail_at_line, lines.count)):
+    for injector, count in ((fail_at_op, ops.count), (fail_at_line, lines.count), (fail_at_file, files.count)):
+        kinds = FILE_KINDS if injector is fail_at_file else KINDS
         for n in places(FAULTS, count, gen):
-            fault = injector(n, gen.choice(KINDS))
+            fault = injector(n, gen.choice(kinds))
             came = attempt(lambda: run(scene), fault)
             bad = wrong(scene, before)
             if not bad: continue
