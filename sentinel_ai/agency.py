@@ -182,6 +182,7 @@ def _check_dict(d):
     if len(heads)*max(heads, default=0) > 16*LARGEST: raise ValueError(
         f'the agency speaks of {len(heads)} layers of up to {max(heads)} heads')
 
+# %% ../nbs/05_agency.ipynb #63861329
 def _check_tables(t, exists):
     "Raise `ValueError` unless tables fit the heads and each other."
     want = tuple(exists.shape)
@@ -209,6 +210,7 @@ def _check_rows(name, rows, like):
         ok = is_row and all(isinstance(x, kind) and (kind is bool or not isinstance(x, bool)) for x in row)
         if not ok: raise ValueError(f'the table {name} is not {len(like)} rows of {like.shape[1]} numbers')
 
+# %% ../nbs/05_agency.ipynb #9af19764
 @patch
 def _fill(self:Agency, heads, tables):
     "Take tables from lists, checked."

@@ -105,6 +105,7 @@ def _check_numbers(args):
     every = args.eval_steps
     need(args, every is None or every > 0, 'eval_steps', 'above 0')
 
+# %% ../nbs/12d_cli_run.ipynb #ce3b75de
 def _checkpoint(path):
     "The checkpoint at `path`, or the last one in the run folder `path`"
     if path is None or (Path(path)/'trainer_state.json').exists(): return path

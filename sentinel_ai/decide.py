@@ -137,6 +137,7 @@ def _check_weights(net, held):
                  if k not in mine or k not in held or mine[k] != (held[k].shape, held[k].dtype))
     if odd: raise ValueError(f'{odd[0]} is not what a network of this width has')
 
+# %% ../nbs/05c_decide.ipynb #b626b972
 @patch_to(ANNController, cls_method=True)
 def pretrained(cls,
     schedule=None, # As for the class

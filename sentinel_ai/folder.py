@@ -23,6 +23,7 @@ def variant_of(
     found = _WEIGHTS.fullmatch(name)
     return None if found is None else found[1] or found[2] or ''
 
+# %% ../nbs/07_folder.ipynb #c2c3ee38
 def _home(path, hub):
     "The folder that a path or a name of the Hub leads to; None if it isn't there."
     from transformers.utils import cached_file
@@ -62,6 +63,7 @@ def shapes_in(
             shapes |= {name: f.get_slice(name).get_shape() for name in f.keys()}
     return shapes
 
+# %% ../nbs/07_folder.ipynb #ab8d5040
 _SIDES = ('hidden_size', 'vocab_size', 'intermediate_size',
           'num_attention_heads', 'num_key_value_heads', 'head_dim')
 

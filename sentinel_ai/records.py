@@ -170,6 +170,7 @@ def _check_packed(packed, what):
     if has_scale and scale.shape != (*data.shape[:-1], 1): raise ValueError(
         f'{what} has scales of shape {list(scale.shape)} for data of {list(data.shape)}')
 
+# %% ../nbs/04a_records.ipynb #55f1378e
 def _check_tables(record):
     "Raise `ValueError` unless all that is known of channels has a row for each."
     units = record.tables.get('units')

@@ -236,6 +236,7 @@ def _check_key(self:UnitMemory, m, key):
         f'the memory holds {_said(key)}, with which this model was not built; '
         'it is the memory of another model')
 
+# %% ../nbs/04a_remember.ipynb #49859074
 @patch
 def check_fits(self:UnitMemory,
     model:nn.Module, # An adapted model

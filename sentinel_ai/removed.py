@@ -99,6 +99,7 @@ def _check_info(info, n):
     total = sum(count for _, count in info.get('channels', ()))
     if total > n: raise ValueError(f'{total} records of channels are listed, the file has {n} tensors')
 
+# %% ../nbs/07a_removed.ipynb #d80cf025
 class _Held:
     "An open memory file."
     def __init__(self, file):
@@ -188,6 +189,16 @@ def _recall_parts(m, held):
     _check_changed(m, repairs.changed)
     m.sentinel.repairs = repairs
 
+# %% ../nbs/07a_removed.ipynb #b348abc2
+def _found(path, name, hub):
+    "A file beside the weights, in a folder or in the cache of the Hub; None without."
+    from transformers.utils import cached_file
+    file = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, **hub)
+    if file is not None: check_inside(Path(file).parent, file)
+    return file
+
 def recall_removed(
     m:nn.Module, # A loaded model
     path, # Its folder, or its name on the Hub
@@ -195,16 +206,9 @@ def recall_removed(
     verify:bool=True, # Compare files with their seals
 ):
     "Give a loaded model its memory, if it was saved."
-    from transformers.utils import cached_file
-    def find(name):
-        file = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, **hub)
-        if file is not None: check_inside(Path(file).parent, file)
-        return file
-    heads = find(HEADS_FILE)
+    heads = _found(path, HEADS_FILE, hub)
     if heads is not None: HeadMemory.load(heads, verify=verify).attach(m)
-    file = find(MEMORY_FILE)
+    file = _found(path, MEMORY_FILE, hub)
     offloaded = any(p.is_meta for p in m.parameters())
     if file is None or offloaded: return
     with open_tensors(file, verify) as opened:

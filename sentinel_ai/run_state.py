@@ -58,6 +58,7 @@ def check_kind(
         f'the optimizer is {kind}, the checkpoint holds the state of '
         f"{saved['kind']}; make one of the same kind")
 
+# %% ../nbs/09_run_state.ipynb #a4026e05
 def _check_value(opt, key, v):
     "Raise `ValueError` for a setting of another kind than the optimiser has."
     mine = opt.defaults.get(key)
@@ -76,7 +77,9 @@ def _check_groups(opt, saved):
     names = [name for group in saved['groups'] for name in group['names']]
     if len({*names}) < len(names): raise ValueError('a parameter is in the optimizer twice')
 
+# %% ../nbs/09_run_state.ipynb #aa68e2a3
 def _check_moments(saved, params):
+    "Raise `ValueError` unless moments are tensors of the shape of their parameters."
     names = [name for group in saved['groups'] for name in group['names']]
     missing = [name for name in names if name not in params]
     if missing: raise ValueError(
@@ -249,7 +252,9 @@ def rng_state() -> dict:
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state_all() if has_cuda else [])
 
+# %% ../nbs/09_run_state.ipynb #38c405b7
 def _load_cuda_rng(states):
+    "Restore the generators of the GPUs. Raises `RuntimeError` if there are too few."
     if not torch.cuda.is_available(): return
     n = torch.cuda.device_count()
     if len(states) > n: raise RuntimeError(
@@ -258,6 +263,7 @@ def _load_cuda_rng(states):
     for i, state in enumerate(states): torch.cuda.set_rng_state(state, i)
 
 def _set_rng(state):
+    "Restore the generators of Python, NumPy and PyTorch's CPU."
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
