@@ -148,12 +148,6 @@ class AttentionWatch(TorchFunctionMode):
             leave = s.attn.register_forward_hook(self._leave, always_call=True)
             self.handles += [enter, leave]
 
-    def _enter(self, site, module, args, kwargs):
-        x = args[0] if args else kwargs['hidden_states']
-        self.site, self.n_rows = site, len(x)
-        self.parts.clear()
-
-    def _leave(self, module, args, out): self.site = None
     def close(self):
         for h in self.handles: h.remove()
 
@@ -163,6 +157,17 @@ class AttentionWatch(TorchFunctionMode):
             if func is F.scaled_dot_product_attention: self._sdpa(*args, **kwargs)
             elif func in _SOFTMAX: self._softmax(*args, **kwargs)
         return func(*args, **kwargs)
+
+# %% ../nbs/02_watch.ipynb #510299ae
+@patch
+def _enter(self:AttentionWatch, site, module, args, kwargs):
+    "A layer begins to run."
+    x = args[0] if args else kwargs['hidden_states']
+    self.site, self.n_rows = site, len(x)
+    self.parts.clear()
+
+@patch
+def _leave(self:AttentionWatch, module, args, out): self.site = None
 
 # %% ../nbs/02_watch.ipynb #c0036
 @patch

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_matrix import ALL, CHANNELS, IDS, VARIANTS, logits  # noqa: E402
 
-from sentinel_ai import (HeadMemory, UnsupportedArchitecture, adapt, close_heads, compact, expand, gate_values, head_map, measure,  # noqa: E402
+from sentinel_ai import (HeadMemory, UnsupportedArchitecture, adapt, close_heads, compact, expand, gate_values, grow, head_map, measure,  # noqa: E402
                          prune, random_model, regrow, set_gates, unadapt, unprune)
 from sentinel_ai.channels import channel_map  # noqa: E402
 from sentinel_ai.pruning import total_cost  # noqa: E402
@@ -183,6 +183,16 @@ def test_values_that_are_the_keys():
     expand(model)
     unprune(model)
     assert torch.equal(logits(model), want)
+
+
+def test_a_layer_with_one_head_grows():
+    "A norm of each head is no hindrance, one over all heads is, and with a single head both are as wide."
+    one = dict(num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    model = adapt(random_model('qwen3', **one))
+    want = logits(model)
+    grow(model, heads=1)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UnsupportedArchitecture, match='made of all heads'): grow(adapt(random_model('olmo2', **one)), heads=1)
 
 
 def test_models_that_read_both_ways():
