@@ -16,6 +16,7 @@ from sentinel_ai.heads import (
     HEAD_COUNTS, KV_COUNTS, base_model, core_linear, first_attr, in_dim,
     fresh_config)
 from .adaptive import plain_class
+from .gates import check_edit
 from .repair import BIAS_FLAGS
 from .layout import (
     Kept, KeptChannels, channel_rows, down_weight, even_layout,
@@ -402,6 +403,7 @@ def export_hf(
     "Write a plain checkpoint without closed units; it is read back and compared."
     from transformers import AutoModelForCausalLM
     m = base_model(model)
+    check_edit(m, 'export')
     dir = check_free(dir, folder=True)
     kept, mlps = kept_heads(m), kept_channels(m)
     plain = _plain_model(m, kept, mlps, pad)
