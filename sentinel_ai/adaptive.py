@@ -32,6 +32,15 @@ class AdaptiveMixin:
         _, (cls, *args), *rest = super().__reduce_ex__(protocol)
         return new_adaptive, (plain_class(self),), *rest
 
+    def init_continuous_batching(self, *args, **kwargs):
+        "As in transformers, whose cache has the same KV heads in every layer; raises where layers differ."
+        plan = self.sentinel.plan
+        odd = [(l, n, was) for l, (n, was) in enumerate(zip(plan.kv_heads(), plan.kv)) if n != was]
+        if odd: raise RuntimeError(
+            'layer %d has %d KV heads, and continuous batching makes a cache of %d in every layer; '
+            'use generate(), or expand(model) first: closed heads may stay where they are' % odd[0])
+        return super().init_continuous_batching(*args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         "As in transformers; gates that matter need a model of type `sentinel`."
         return save_plain(self, save_directory, *args, **kwargs)

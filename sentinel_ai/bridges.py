@@ -15,7 +15,8 @@ from .experts import routed_bias
 from .heads import base_model, core_linear, in_dim
 from .measure import (
     enough_ridge, forward_args, measuring, out_columns, summed_loss)
-from .repair import change_param, move_param, projection_name
+from .repair import (
+    change_param, move_param, projection_name, settle_names)
 from .state import need_state, transaction
 
 # %% ../nbs/03a_bridges.ipynb #c0055
@@ -181,6 +182,7 @@ def take_bridges(
     shares:dict, # Layer to the share of its pruned units that are restored
 ) -> dict: # Layer to `name`, `B` and `b`
     "What is to be taken off of the bridges of these layers."
+    settle_names(base_model(model))
     log, res = need_state(model, gates=False).repairs.bridges, {}
     for l, share in shares.items():
         bridge = log.pop((kind, l), None)

@@ -97,12 +97,22 @@ def _score(sentinel):
     log_alpha = sentinel.spread(sentinel.log_alpha)
     return torch.where(sentinel.gate == 0, -math.inf, log_alpha)
 
+def _check_known(table, found, what):
+    "Raise `ValueError` for a unit of which nothing is known."
+    for site in found:
+        bad = table[site.layer, :site.n].isnan().nonzero().flatten().tolist()
+        if bad: raise ValueError(
+            f'{what} of layer {site.layer} {site.kind[:-1]} {bad[0]} is NaN, which decides nothing; '
+            'give numbers, or go back to a state from before the loss was NaN')
+    return table
+
 def _scores(m, kind='heads'):
     "What to keep, highest first."
     found, config = sites_of(m, kind), m.sentinel.config
     t = torch.full(found.shape, math.nan)
     for site in found:
         t[site.layer, :site.n] = _score(site.module.sentinel).float().cpu()
+    _check_known(t, found, 'the learned gate')
     is_order = config.sparsity is not None or config.mode != 'hard_concrete'
     return t if is_order else torch.sigmoid(t)
 
@@ -124,7 +134,9 @@ def _check_scores(table, found):
     if table.shape != found.shape: raise ValueError(
         f'scores of shape {tuple(table.shape)} were given; '
         f'this model needs {tuple(found.shape)}')
-    return table
+    if table.isinf().any(): raise ValueError(
+        'the scores hold infinity; give finite numbers, NaN where no head exists')
+    return _check_known(table, found, 'the score')
 
 def _units(m, kind, scores, unit):
     "The units of a kind with their worth, as `choose` knows them."

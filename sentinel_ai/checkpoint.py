@@ -19,6 +19,7 @@ from .io import (
 from .heads import base_model
 from .site import owner_of
 from .gates import check_edit, is_adaptive
+from .saving import save_whole
 from .state import transaction, will_write
 from .run_state import (
     check_kind, extend_scheduler, load_optimizer_state,
@@ -78,7 +79,7 @@ def save_checkpoint(
     schedule = None if scheduler is None else scheduler.state_dict()
     counters = dict(epoch=epoch, step=step)
     with transaction(model), staged(path) as tmp:
-        base_model(model).save_pretrained(tmp)
+        save_whole(base_model(model), tmp)
         write_run(tmp, model, optimizer, head_lr_multipliers=rates, **counters,
                   data=data, scheduler=schedule, parts=parts)
         seal(tmp, **counters)

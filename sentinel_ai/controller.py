@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from jaxtyping import Float
 from fastcore.basics import patch, patch_to
+from .foreign import is_finite
 from .sentinel import open_prob
 from .measure import HeadStats
 from .plan import HeadPlan
@@ -49,7 +50,13 @@ class ThresholdController(Policy):
         init:float=3., # First logit
         **rules, # `min_heads`, `protect`, `hysteresis`, `exchange`
     ):
-        check_value(steps >= 1, f'steps={steps!r}', '1 or more')
+        check_value(is_finite(steps, 1), f'steps={steps!r}', '1 or more')
+        numbers = dict(entropy=entropy, gradient=gradient, floor=floor, l1=l1, init=init)
+        for name, value in numbers.items():
+            ok = is_finite(value) or value is None and name in ('entropy', 'gradient')
+            check_value(ok, f'{name}={value!r}', 'a finite number')
+        ok = rates is None or len(tuple(rates)) == 2 and all(map(is_finite, rates))
+        check_value(ok, f'rates={rates!r}', 'None or two finite numbers')
         ok = len(quantiles) == 2 and all(0 <= q <= 1 for q in quantiles)
         check_value(ok, f'quantiles={quantiles!r}', 'two numbers from 0 to 1')
         self.rules(schedule, **rules)
@@ -162,6 +169,7 @@ class ReinforceController(ANNController):
     ):
         super().__init__(schedule, width, seed, **rules)
         check_value(0 <= decay < 1, f'decay={decay!r}', '0 up to, not including, 1')
+        check_value(is_finite(price), f'price={price!r}', 'a finite number')
         self.price, self.decay = price, decay
         no_reward = torch.tensor(math.nan, dtype=torch.float64)
         self.register_buffer('baseline', no_reward)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from .exported import (
     Exported, check_free, check_same, own_tensors, probe_logits)
+from .gates import check_edit
 from .gguf_export import export_gguf, gguf_logits, pre_tokenizer
 from .heads import HEAD_COUNTS, base_model, core_linear, first_attr, in_dim
 from .io import whole
@@ -179,6 +180,7 @@ def export_hf(
     "Write a plain checkpoint without closed units; it is read back and compared."
     from transformers import AutoModelForCausalLM
     m = base_model(model)
+    check_edit(m, 'export')
     dir = check_free(dir, folder=True)
     kept, mlps = kept_heads(m), kept_channels(m)
     plain = _plain_model(m, kept, mlps, pad)

@@ -9,6 +9,7 @@ __all__ = ['fit_size', 'repaired_params', 'move_repairs']
 import torch
 from torch import nn, Tensor
 from .heads import core_linear, in_dim
+from .repair import settle_names
 from .stash import full_param
 
 # %% ../nbs/04c_fit_repairs.ipynb #2bb2feb0
@@ -49,6 +50,7 @@ def repaired_params(
     m:nn.Module, # An adapted model
 ) -> dict: # Name to a copy, in the shape as built
     "The parameters that repair has changed, as they are."
+    settle_names(m)
     return {n: full_param(m, n).clone() for n in m.sentinel.repairs.changed}
 
 # %% ../nbs/04c_fit_repairs.ipynb #3df5dc3e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'LARGEST', 'damaged', 'check_file', 'read_json', 'crc_of', 'seal_file', 'check_seal', 'open_tensors',
-           'check_inside', 'inside', 'is_whole', 'check_whole', 'check_fields']
+           'check_inside', 'inside', 'is_whole', 'is_finite', 'check_whole', 'check_fields']
 
 # %% ../nbs/000_foreign.ipynb #f0002
-import json, os, re, struct, zlib
+import json, math, numbers, os, re, struct, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
@@ -154,6 +154,16 @@ def is_whole(
 ) -> bool:
     "Is this a whole number within bounds? Booleans are none."
     return type(x) is int and low <= x < high
+
+def is_finite(
+    x, # Anything
+    low:float=-math.inf, # The least that is allowed
+    high:float=math.inf, # The most
+) -> bool:
+    "Is this a finite number within bounds? Booleans are none."
+    if isinstance(x, bool) or not isinstance(x, numbers.Real): return False
+    try: return math.isfinite(x) and low <= x <= high
+    except OverflowError: return False           # a whole number beyond all floats
 
 def check_whole(
     values, # Should be a list of whole numbers

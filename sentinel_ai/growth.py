@@ -11,8 +11,8 @@ from torch import nn, Tensor
 from jaxtyping import Float
 from .heads import (
     UnsupportedArchitecture, base_model, check_weights)
-from .state import state_of, transaction
-from .gates import adapt
+from .state import transaction
+from .gates import adapt, check_edit
 from .shaping import check_ready
 from .fill import strength
 from .layers import grow_layers
@@ -30,21 +30,11 @@ _all_ = [  # their home is a chapter before
     'strength', 'ungrow']
 
 # %% ../nbs/04c_growth.ipynb #c0067
-def _check_watched(m, kind):
-    "Raise where something at the model speaks of its present heads or layers."
-    state, watching = state_of(m), {}
-    if kind != 'channels': watching['agency'] = state and state.agency
-    if kind == 'layers':
-        watching['memory'] = state and state.memory
-        watching['skips'] = getattr(m, 'sentinel_skips', None)
-    taken = [name for name, x in watching.items() if x is not None]
-    if taken: raise RuntimeError(
-        f'{", ".join(taken)} of this model speaks of its present {kind}; '
-        'detach it, grow the model, and attach a new one')
+_ROWS = dict(heads='grow', channels='grow_channels', layers='grow_layers')  # of `EDITS`
 
 def _grow_mlps(m, channels, init, optimizer, seed, scores):
     "Channels, where the model has any that can be read."
-    check_ready(m, optimizer, 'grow')
+    check_ready(m, optimizer, 'grow_channels')
     found = m.sentinel.built
     if found.channels is None: raise UnsupportedArchitecture(
         f'{type(m).__name__} cannot get further channels: {found.why}')
@@ -75,7 +65,7 @@ def grow(
     if init not in INITS:
         raise ValueError(f'init={init!r}: allowed are {INITS}')
     m = base_model(model)
-    _check_watched(m, kind)
+    check_edit(model, _ROWS[kind])
     check_weights(m, 'grow', 'qkvo')
     units = init, optimizer, seed, scores
     with transaction(m, optimizer):

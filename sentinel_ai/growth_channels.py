@@ -68,6 +68,8 @@ def _chosen(m, want, scores):
     if scores.shape != strong.shape: raise ValueError(
         f'scores of shape {tuple(scores.shape)} were given; '
         f'this model needs {tuple(strong.shape)} (layers, channels)')
+    if scores.isinf().any(): raise ValueError(
+        'the scores hold infinity; give finite numbers, NaN where no channel may be taken after')
     scores = torch.where(strong.isnan(), torch.nan, scores.cpu().float())
     return {l: _donors(l, scores[l], n) for l, n in want.items()}
 

@@ -148,6 +148,8 @@ def _chosen(m, heads, scores):
     if scores.shape != keep.shape: raise ValueError(
         f'scores of shape {tuple(scores.shape)} were given; '
         f'this model needs {tuple(keep.shape)}')
+    if scores.isinf().any(): raise ValueError(
+        'the scores hold infinity; give finite numbers, NaN where no head may be split')
     _can_grow(m, want)
     scores = torch.where(strong.isnan(), float('nan'), scores.cpu().float())
     def placed(l, n): return _placed(built[l], n, scores[l, :built[l].n_heads])

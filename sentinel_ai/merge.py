@@ -8,11 +8,12 @@ __all__ = ['unguard', 'merge_gates', 'check_folded', 'unmerge_gates', 'unmerged_
 # %% ../nbs/01b_merge.ipynb #c0003
 import functools, torch
 from torch import nn
-from .gates import check_edit
+from .gates import (
+    check_edit, is_merged, is_packed, need_adapted)
 from .hooks import detach_hook, has_changed
-from .gates import need_adapted
 from .hooks import look, mark_of
 from .heads import check_weights
+from .sentinel import check_gates
 from .state import transaction, will_write
 
 # %% ../nbs/01b_merge.ipynb #c0012
@@ -21,9 +22,7 @@ def _mergeable(site):
     check_weights(site, 'merge_gates')
     sentinel, w = site.module.sentinel, site.weight
     where = f'layer {site.layer}: '
-    if sentinel.factor is not None: raise RuntimeError(
-        f'{where}factors of an Agency are at work; '
-        'agency.bake() writes them into the gates first')
+    if not sentinel.gate.is_meta: check_gates(sentinel.gate.detach(), f'{where}a gate')
     if w.is_meta or not w.is_floating_point(): raise RuntimeError(
         f'{where}{site.out_name or type(site.mlp).__name__}.weight is {w.dtype} on {w.device}; '
         'gates fold only into float weights in memory')
@@ -60,6 +59,7 @@ def _still(sentinel, site, grad):
 
 def _guard(sentinel, site):
     "See to it that no training changes the columns of merged, closed units."
+    if is_packed(site): return                 # quantised since: nothing trains there
     w = site.weight
     if not w.requires_grad or bool((sentinel.folded != 0).all()): return
     guard = sentinel.guard
@@ -100,12 +100,21 @@ def merge_gates(
     return model
 
 # %% ../nbs/01b_merge.ipynb #c0025
+def _check_bare(sentinel, site):
+    "Raise if an adapter came around merged gates: what it adds isn't gated."
+    is_wrapped = hasattr(site.out, 'base_layer')
+    if is_wrapped and bool((sentinel.folded != 1).any()): raise RuntimeError(
+        f'layer {site.layer}: {site.out_name} was wrapped by an adapter while the gates are '
+        'merged into the weights, and the adapter is not gated by them; call '
+        'unmerge_gates(model), and the gates work in front of both')
+
 def check_folded(
     sentinel, # Of a merged layer
     site, # Its entry in the map
 ):
     "Raise if a gate was changed while merged; else see to the guard."
     if sentinel.gate.is_meta: return
+    _check_bare(sentinel, site)
     if has_changed(sentinel):
         if not torch.equal(sentinel.gate, sentinel.folded): raise RuntimeError(
             f'layer {site.layer}: a gate was changed while the gates are merged '
@@ -142,6 +151,7 @@ def unmerge_gates(
 ) -> nn.Module: # The same model, gates at work in the hook again
     "Take the gates out of the weights again; the inverse of `merge_gates`."
     m = need_adapted(model)
+    if is_merged(m): check_edit(model, 'unmerge')
     with transaction(m):
         for site in m.sentinel.now:
             if site.module.sentinel.folded is not None: _unfold(site)

@@ -178,6 +178,8 @@ def _biased(scores, plan, hysteresis):
         f'scores of shape {tuple(scores.shape)} were given; the plan has '
         f'{tuple(plan.keep.shape)} (layers, heads of the original model)')
     s = scores.detach().cpu().float()
+    if s.isinf().any(): raise ValueError(
+        f'the scores hold {float(s[s.isinf()][0])}; finite numbers are needed, NaN where nothing is known')
     lost = plan.keep & s.isnan()
     if lost.any(): raise ValueError(
         'layer %d head %d is open but has no score; measure it, in the numbering '
@@ -279,6 +281,12 @@ def check_fits(
     if stats.shape != tuple(plan.keep.shape): raise ValueError(
         f'statistics of shape {stats.shape} were given for a plan of '
         f'{tuple(plan.keep.shape)}; bring them to the original numbering: plan.full(table)')
+    for name, table in stats.tables.items():
+        bad = (plan.keep & ~table.detach().cpu().isfinite()).nonzero().tolist()
+        if bad: raise ValueError(
+            f'{name!r} of layer {bad[0][0]} head {bad[0][1]}, which is open, is '
+            f'{float(table[tuple(bad[0])])}: nothing can be decided by it; '
+            'measure again, on text with a finite loss')
 
 def table_of(
     stats:HeadStats, # What was measured

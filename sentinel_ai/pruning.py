@@ -9,6 +9,7 @@ __all__ = ['prune', 'unprune', 'close_heads']
 import math, torch, warnings
 from torch import nn
 from fastcore.basics import patch
+from .foreign import is_finite
 from .heads import base_model, check_weights
 from .choose import choose, total_cost
 from .ranks import check_allowed
@@ -109,6 +110,18 @@ def one_round(self:PruneRequest, m, goal):
     raised = self.apply(m, stats, close)
     if raised: self.info.setdefault('ridge_raised', {}).update(raised)
 
+# %% ../nbs/03b_pruning.ipynb #8485ac11
+@patch
+def check_closed(self:PruneRequest, m, before, goal):
+    "Raise if something was asked for, and nothing is closed."
+    if goal <= before or self.saved(m) > before: return
+    heads = m.sentinel.now.heads
+    least = 1/max(s.n_kv_heads if self.whole_groups else s.n_heads for s in heads)
+    what = (f'closing {goal - before:g} {self.unit} with scope={self.scope!r}, '
+            f'whole_groups={self.whole_groups}, min_heads={self.min_heads}, which closes nothing')
+    check_allowed(False, what, f'a share of which {least:.0%} of a layer are part, '
+                  "whole_groups=False, or scope='global'")
+
 # %% ../nbs/03b_pruning.ipynb #c0072
 @patch
 def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
@@ -134,8 +147,9 @@ def run(self:PruneRequest, m) -> HeadPlan:
         adapt(m)
         self.check_losses(m)
         if self.unit == 'ms': self.settle_ms(m)
-        goals = self.goals(m)
+        goals, before = self.goals(m), self.saved(m)
         for goal in goals: self.one_round(m, goal)
+        self.check_closed(m, before, goals[-1])
         return self.noted_plan(m, len(goals))
 
 # %% ../nbs/03b_pruning.ipynb #c0075
@@ -224,6 +238,16 @@ def _moments_for(m, batches, stats):
     check_allowed(batches is not None, 'neither batches nor moments', allowed)
     return measure(m, batches, 'gram', progress=False)
 
+def _repair_all(m, new, stats, repair, ridge):
+    "Repair each layer. Returns the ridges that had to be raised, by layer."
+    raised = {}
+    for site in m.sentinel.now.heads:
+        units = new[site.layer, :site.n_heads]
+        moments = _moments_now(m, site, stats.grams[site.layer])
+        used = repair_layer(m, site, units, moments, repair, ridge)
+        if used > ridge: raised[str(site.layer)] = used
+    return raised
+
 def _close(m, heads, batches, stats, repair, ridge, optimizer, step):
     "What `close_heads` does."
     new, has_memory = _open_heads(m, heads), m.sentinel.memory is not None
@@ -234,11 +258,9 @@ def _close(m, heads, batches, stats, repair, ridge, optimizer, step):
     if repair == 'affine' and not holds_bias(m): repair = 'linear'
     if is_repaired: stats = _moments_for(m, batches, stats)
     tell_memory(m, new, stats, optimizer, step)
-    for site in m.sentinel.now.heads if is_repaired else ():
-        units = new[site.layer, :site.n_heads]
-        moments = _moments_now(m, site, stats.grams[site.layer])
-        repair_layer(m, site, units, moments, repair, ridge)
+    raised = _repair_all(m, new, stats, repair, ridge) if is_repaired else {}
     set_gates(m, torch.where(new, 0., math.nan))
+    if raised: m.sentinel.plan.info['ridge_raised'] = raised
     return HeadPlan.from_gates(m)
 
 # %% ../nbs/03b_pruning.ipynb #c0087
@@ -255,6 +277,8 @@ def close_heads(
 ) -> HeadPlan: # The plan in force then
     "Close these heads and repair the rest, or change nothing."
     check_allowed(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
+    is_ridge = is_finite(ridge, 0, 1e6)
+    check_allowed(is_ridge, f'ridge={ridge!r}', '0 to 1,000,000')
     check_edit(model, 'close')
     if repair != 'none': check_edit(model, 'repair')
     with transaction(model, optimizer):

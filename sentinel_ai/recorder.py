@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from functools import partial
 from jaxtyping import Bool, Float
 from torch import Tensor
-from .batches import NOT_FINITE, check_loss, forward_args, summed_loss
+from .batches import NOT_FINITE, check_tokens, check_loss, forward_args, summed_loss
 from .heads import UnsupportedArchitecture
 from sentinel_ai.moments import (
     centred, channel_predictor, input_sums, layer_tables, predictors,
@@ -87,6 +87,7 @@ class Recorder:
         self.watch = AttentionWatch(heads, self.attention) if 'entropy' in what else None
         self.wants_outputs = {'gram', 'gradient'} <= what
         self.valid = None                     # the batch's mask
+        self.tells = bool(what & {'joint', 'gradient', 'attribution'})      # will a loss say if all is well?
         self.sound = []                       # what was looked at in this batch, and is it finite?
         self.loss, self.n_losses = 0., 0      # summed over examples
         self.predict = {}                     # of repaired gates, in the second pass
@@ -128,6 +129,11 @@ def check_sound(self:Recorder, i):
                              f'so the tables would too. {NOT_FINITE}')
 
 # %% ../nbs/02_recorder.ipynb #c0029
+@patch
+def expect_sound(self:Recorder, hidden):
+    "What the layers gave has to be finite, too, where no loss is computed that says so."
+    if not self.tells: self.sound.append(('what the last layer gives', hidden.isfinite().all()))
+
 @patch
 def by_token(self:Recorder, x):
     "`[b, t, k]`, whatever axes a module gave batch and tokens."
@@ -211,12 +217,13 @@ def run(self:Recorder,
 ) -> int: # Valid tokens
     "Measure one batch."
     ids, mask, labels = batch
+    check_tokens(model, ids, labels, i)
     args = forward_args(model, mask)
     self.begin(ids, mask)
     wants_grad = bool(self.predict) or 'gradient' in self.what
     with self.watch or ExitStack(), torch.set_grad_enabled(wants_grad):
         if wants_grad: loss = self._loss(model, i, ids, args, labels)
-        elif self.what != {'attribution'}: model.base_model(ids, **args)
+        elif self.what != {'attribution'}: self.expect_sound(model.base_model(ids, **args)[0])
     if wants_grad:
         self.loss += float(loss.detach())
         self.n_losses += len(ids)

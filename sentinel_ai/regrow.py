@@ -10,10 +10,13 @@ __all__ = ['regrow', 'STRATEGIES', 'number_of', 'observe', 'wish', 'Regrowth', '
 import torch
 from torch import nn
 from fastcore.basics import patch
+from .foreign import is_finite, is_whole
 from .heads import base_model, check_weights
-from .gates import need_adapted
+from .gates import check_edit, need_adapted
 from .measure import HeadStats
 from .shaping import check_ready
+from .slices import read_head
+from .surgery import local_head
 from .state import transaction
 from .bridges import take_bridges
 from .wish import (
@@ -36,24 +39,42 @@ _all_ = [  # their home is a chapter before
     'INITS', 'drawn', 'procrustes', 'strength']
 
 # %% ../nbs/04b_regrow.ipynb #c0111
-def _check_options(init, warmup, alpha, gate, kind):
+def _check_options(init, warmup, alpha, gate, kind, multiple=1, seed=0):
     if kind not in ('heads', 'channels'): raise ValueError(
         f"kind={kind!r}: allowed is 'heads' or 'channels'")
     if init not in INITS:
         raise ValueError(f'init={init!r}: allowed is one of {INITS}')
-    if not (isinstance(warmup, int) and warmup >= 0): raise ValueError(
+    if not is_whole(warmup): raise ValueError(
         f'warmup={warmup!r}: allowed is a whole number of 0 or more steps')
-    if not 0 <= alpha <= 1:
+    if not is_finite(alpha, 0, 1):
         raise ValueError(f'alpha={alpha!r}: allowed is 0 to 1')
-    if not 0 < gate <= 1:
+    if not (is_finite(gate, 0, 1) and gate > 0):
         raise ValueError(f'gate={gate!r}: allowed is above 0, up to 1')
+    if not is_whole(multiple, 1):
+        raise ValueError(f'multiple={multiple!r}: allowed is a whole number of 1 or more')
+    if not is_whole(seed):
+        raise ValueError(f'seed={seed!r}: allowed is a whole number of 0 or more')
 
 # %% ../nbs/04b_regrow.ipynb #fdf0a4d1
+def _as_remembered(m, key):
+    "Are a head's weights those that a memory holds, if it holds any?"
+    memory = m.sentinel.memory
+    if memory is None or key not in memory: return True
+    now, _ = read_head(m.sentinel.now.heads[key[0]], local_head(m, *key))
+    return memory[key].same({k: v for k, v in now.items() if k[1] in 'qo'})
+
+def _is_gated(m, heads, init):
+    "Are heads closed by their gates alone, so that to open these is all?"
+    is_bare = init == 'memory' and not m.sentinel.repairs
+    are_there = is_bare and all(local_head(m, *key) is not None for key in heads)
+    return are_there and all(_as_remembered(m, key) for key in heads)
+
 def _check_heads(model, heads, init, warmup, optimizer):
     "Raise before anything is changed."
     m = base_model(model)
-    check_possible(m, heads, init, warmup)
+    if _is_gated(m, heads, init): return check_edit(model, 'reopen')
     check_weights(m, 'regrow', 'qkvo')
+    check_possible(m, heads, init, warmup)
     check_ready(model, optimizer, 'regrow')
 
 def _info(job, strategy):
@@ -91,7 +112,7 @@ def regrow(
 ) -> Regrowth: # Done already without a warm-up
     "Restore heads or channels; `ConsentError` where consent is withdrawn."
     m = need_adapted(model)
-    _check_options(init, warmup, alpha, gate, kind)
+    _check_options(init, warmup, alpha, gate, kind, multiple, seed)
     if kind == 'channels':
         return regrow_channels(
             model, amount, batches, strategy, init, warmup,

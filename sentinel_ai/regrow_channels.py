@@ -16,7 +16,8 @@ from .surgery import HeadPlan
 from .shaping import check_ready
 from .state import transaction
 from .bridges import take_bridges
-from .wish import number_of, observe, wish
+from .wish import (
+    check_wishes, number_of, observe, wish)
 from .regrowth import (
     as_repaired, restored_shares)
 from sentinel_ai.regrowth_channels import (
@@ -101,7 +102,7 @@ def pick_channels(
     if n >= closed.sum(): return closed
     if stats is None: stats = _measured(m, batches, strategy)
     found = None if stats is None else stats.of_kind('channels')
-    wishes = wish(found, plan, strategy, seed)
+    wishes = check_wishes(wish(found, plan, strategy, seed), closed, 'channel')
     return highest(wishes, closed, plan.keep.sum(1), n, multiple)
 
 # %% ../nbs/04b_regrow_channels.ipynb #c0046

@@ -10,11 +10,11 @@ import math, torch
 from torch import nn
 from fastcore.basics import patch
 from .heads import base_model, core_linear
-from .gates import gate_values, set_gates
+from .gates import check_edit, gate_values, set_gates
 from .surgery import HeadPlan, local_head
 from .stash import full_param, put_full
 from .state import transaction
-from .repair import shift_repair, weight_names
+from .repair import settle_names, shift_repair, weight_names
 from .bridges import lower_bridges
 
 # %% ../nbs/04b_regrowth.ipynb #c0044
@@ -63,6 +63,8 @@ def _lead(self:Regrowth, then, now):
 def step(self:Regrowth) -> bool: # Is there more to come?
     "One step further. Heads whose gates others have changed are left alone."
     if self.done: return False
+    is_owed = self.bridges or any(share is not None for share in self.shares.values())
+    check_edit(self.model, 'ramp' if is_owed else 'set')
     t = self.t
     with transaction(self.model) as tx:
         tx.hold(self)
@@ -155,7 +157,9 @@ def as_repaired(
 ) -> list: # Tuples: kind, layer, names of parameters
     "Projections that are as repair left them, so that they can be restored."
     m = base_model(model)
+    settle_names(m)
     log, bridges = m.sentinel.repairs.changed, m.sentinel.repairs.bridges
+    if not log: return []
     bridged = {bridges[kind, l]['name'] for l in layers if (kind, l) in bridges}
     res = []
     for site in m.sentinel.built:

@@ -13,7 +13,7 @@ from .foreign import (
     LARGEST, check_fields, check_inside, check_whole, open_tensors)
 from .io import write_tensors
 from .state import RepairLog
-from .stash import full_param
+from .stash import bare_name, full_param
 from .repair import settle_names
 from .memory import HeadMemory
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE
@@ -182,7 +182,8 @@ def _recall_parts(m, held):
     "Give the stash what was cut out."
     stash = m.sentinel.stash
     found = {name: held.parts(name) for name in stash if name in held.info}
-    for name, parts in found.items(): _check_parts(name, stash[name], parts, m.get_parameter(name))
+    own = {bare_name(name): p for name, p in m.named_parameters(remove_duplicate=False)}
+    for name, parts in found.items(): _check_parts(name, stash[name], parts, own[name])
     for name, parts in found.items(): stash[name]['parts'] = parts
     _check_names(m, held.info)
     repairs = _read_repairs(held, m)

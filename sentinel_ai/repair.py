@@ -18,9 +18,10 @@ from sentinel_ai.heads import (
     base_model, check_weights, core_linear, core_name, fresh_config,
     head_map, in_dim)
 from .measure import enough_ridge
+from .moments import adapter_part
 from .state import RepairLog, need_state, state_of, transaction, will_write
 from .surgery import original_heads
-from .stash import full_param, put_full
+from .stash import bare_name, full_param, put_full, record_of
 
 # %% ../nbs/03a_repair.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')
@@ -96,8 +97,7 @@ def settle_names(
 ):
     "Give what repairs remember the names that projections have now: adapters come and go around them."
     def renamed(path, leaf):
-        parts = [part for part in path.split('.') if part != 'base_layer']
-        return core_name(m, '.'.join(parts), leaf)
+        return core_name(m, bare_name(path), leaf)
     log = need_state(m, gates=False).repairs
     for name in list(log.changed):
         path, _, leaf = name.rpartition('.')
@@ -121,7 +121,7 @@ def weight_names(
 def _full_width(m, name, old, new):
     "What a parameter held, and what was cut out of it; None if it is new."
     if old is None: return None
-    cut = m.sentinel.stash.get(name)
+    cut = record_of(m, name)
     if cut is None: return old.cpu().clone()
     return new.index_copy(cut['dim'], cut['held'], old.cpu())
 
@@ -212,6 +212,20 @@ def _solve_experts(gram, drop, keep, kind, lam, own):
     T, t0, ridges = zip(*solved)
     return torch.stack(T), torch.stack(t0), max(ridges)
 
+# %% ../nbs/03a_repair.ipynb #ada743e6
+def _check_finite(site, W, *solution):
+    "Raise for weights or a solution with NaN or infinity in it, which a repair would spread."
+    bad = [what for what, t in (('its weight', W), *(('the moments', t) for t in solution))
+           if not t.isfinite().all()]
+    if bad: raise ValueError(
+        f'layer {site.layer}: {bad[0]} of {site.path}.{site.out_name} holds NaN or infinity, which a '
+        "repair would spread; mend the weights, measure again, or close with repair='none'")
+
+def _written_by(site, W, drop):
+    "The columns of pruned inputs, as rows; with what an adapter adds to them."
+    added = adapter_part(site)
+    return W[..., drop, :] if added is None else W[drop] + added.to(W)[drop]
+
 # %% ../nbs/03a_repair.ipynb #c0034
 @torch.no_grad()
 def repair_layer(
@@ -232,8 +246,9 @@ def repair_layer(
     gram = {name: t.to(device) for name, t in gram.items()}
     solve = _solve if site.blocks == 1 else _solve_experts
     T, t0, lam = solve(gram, drop, keep, kind, lam, own)
+    _check_finite(site, W, T, t0)
     remember = _remember_channels if own else _remember_heads
-    lost = W[..., drop, :]
+    lost = _written_by(site, W, drop)
     remember(m, site, drop, keep, T, t0, lost)
     shift = (t0[..., None, :] @ lost)[..., 0, :]                     # (e) o
     W[..., keep, :] += T @ lost
@@ -323,6 +338,7 @@ def move_param(
     change:Tensor, # Added, in the shape as built
 ):
     "Change what repair has written; the log of repairs moves along."
+    settle_names(m)
     changed = need_state(m, gates=False).repairs.changed
     before = full_param(m, name).clone()
     put_full(m, name, change, add=True)

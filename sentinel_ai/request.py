@@ -14,7 +14,9 @@ from .channels import channel_map
 from .experts import idle_params
 from .choose import head_items, reachable_cost, units_of
 from .ranks import check_allowed
-from .gates import is_adaptive, is_merged
+from .gates import check_edit
+from .batches import check_tokens
+from .foreign import is_finite, is_whole
 from .measure import CRITERIA, NEEDS, token_batches
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias)
@@ -113,7 +115,13 @@ def check_values(self:PruneRequest, heads):
     check_allowed(is_count, f'rounds={r!r}', 'None or a whole number of 1 or more')
     is_least = isinstance(n, int) and 0 <= n <= least
     check_allowed(is_least, f'min_heads={n!r}', f'0 to {least}')
-    check_allowed(0 < self.ridge <= 1e6, f'ridge={self.ridge!r}', 'above 0, up to 1,000,000')
+    for name in ('ridge', 'channel_ridge'):
+        value = getattr(self, name)
+        is_ridge = is_finite(value, 0, 1e6) and value > 0
+        check_allowed(is_ridge, f'{name}={value!r}', 'above 0, up to 1,000,000')
+    n = self.batch_size
+    check_allowed(is_whole(n, 1), f'batch_size={n!r}', 'a whole number of 1 or more')
+    check_allowed(is_whole(self.seed), f'seed={self.seed!r}', 'a whole number of 0 or more')
     text = 'calibration text: token ids, a DataLoader or a data set'
     check_allowed(self.batches is not None, 'batches=None', text)
 
@@ -145,18 +153,13 @@ def settle_channels(self:PruneRequest, channels):
 @patch
 def check_state(self:PruneRequest, m):
     "Raise if weights can't be read or written, or gates are in use."
+    check_edit(m, 'prune')
     state = state_of(m)
     has_memory = state is not None and state.memory is not None
     reads = self.needs() & {'use', 'gram', 'joint'}
     touches = self.repair != 'none' or reads or has_memory
     if touches or m.device.type == 'meta':
         check_weights(m, 'prune', 'qkvo' if has_memory else 'o')
-    if not is_adaptive(m): return
-    allowed = 'unmerged gates: unmerge_gates(model) first'
-    check_allowed(not is_merged(m), 'the gates are merged', allowed)
-    mode = m.sentinel.config.mode
-    allowed = 'static gates: harden_gates(model) first'
-    check_allowed(mode == 'static', f'gates of mode {mode!r}', allowed)
 
 # %% ../nbs/03b_request.ipynb #c0037
 @patch
@@ -173,7 +176,7 @@ def settle_repair(self:PruneRequest, m, maps):
         repair, wants_bias = self.repair, self.repair in ('bias', 'affine')
         if wants_bias and not holds_bias(m, 'channels'): repair = 'linear'
         self.how['channels'] = repair, self.channel_ridge
-    each = dict(params=1, flops=2).get(self.unit, 0)
+    each = dict(params=1, flops=2).get(self.unit, 0) if self.to_save > 0 else 0
     for kind, (repair, _) in self.how.items():
         adds = each and repair in ('bias', 'affine')
         if adds: self.to_save += each*_new_biases(maps[kind])
@@ -235,5 +238,6 @@ def resolve(self:PruneRequest, m):
     self.check_reach(heads, units_in)
     batches = token_batches(self.batches, self.batch_size, 'cpu')
     self.batches = list(batches)
+    for i, (ids, _, labels) in enumerate(self.batches): check_tokens(m, ids, labels, i)
     allowed = 'at least one block of token ids'
     check_allowed(self.batches, 'batches without a block', allowed)

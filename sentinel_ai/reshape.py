@@ -23,6 +23,7 @@ from .adaptive import plain_class
 from .plan import HeadPlan
 from .state import built_sites, is_compact, state_of
 from .state import transaction, will_write
+from .stash import bare_name
 from .shaping import apply_plan
 from .config import HEADS_FILE, extra_biases
 from .removed import recall_removed
@@ -44,7 +45,7 @@ def _full_shapes(m):
     "Shapes that the parameters have in the model as built."
     state = state_of(m)
     stash = {} if state is None else state.stash
-    return {name: _full_shape(p, stash.get(name))
+    return {name: _full_shape(p, stash.get(bare_name(name)))
             for name, p in own_parameters(m).items()}
 
 # %% ../nbs/09_reshape.ipynb #c0052
@@ -98,7 +99,7 @@ def _check_shapes(m, saved):
     theirs = saved['shapes']
     repaired = {*saved.get('biases', ()), *_biases_of(m)}
     for name in mine.keys() | theirs.keys():
-        is_repair = name.endswith('.bias') and name.rpartition('.')[0] in repaired
+        is_repair = name.endswith('.bias') and bare_name(name).rpartition('.')[0] in repaired
         if is_repair or mine.get(name) == theirs.get(name): continue
         raise ValueError(
             f'{name} has shape {theirs.get(name)} in the checkpoint, '
@@ -127,13 +128,14 @@ def check_shape(
     "Raise `ValueError` unless the model can be brought to the saved shape."
     _check_saved(saved)
     m = base_model(model)
+    check_edit(m, 'restore')
     cls = plain_class(m).__name__
     if cls != saved['cls']: raise ValueError(
         f"the checkpoint is of a {saved['cls']}, this model is a {cls}")
     _check_shapes(m, saved)
     built = built_sites(m)
     if saved['adaptive']: HeadPlan.from_dict(saved['plan']).check(built)
-    check_edit(m, 'restore' if _same_heads(m, saved) else 'reshape')
+    if not _same_heads(m, saved): check_edit(m, 'reshape')
 
 # %% ../nbs/09_reshape.ipynb #c0061
 def _to_original(m, optimizer):

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn, Tensor
 from .foreign import check_fields
 from .heads import base_model
+from .repair import settle_names
 
 # %% ../nbs/09_run_state.ipynb #c0011
 def unwrapped(
@@ -146,6 +147,7 @@ def _weight_beside(name, params):
 
 def _new_biases(m, params, held):
     "Names of biases that a repair made and that should be trained."
+    settle_names(m)
     changed = m.sentinel.repairs.changed
     made = [name for name, (old, _) in changed.items() if old is None]
     def is_new(name):

@@ -48,6 +48,14 @@ def _exists(stats):
     "Which places of the tables are units?"
     return ~next(iter(stats.tables.values())).isnan()
 
+def _check_finite(t, stats, criterion):
+    "Raise `ValueError` for a unit whose score says nothing."
+    bad = (~t.isfinite() & _exists(stats)).nonzero().tolist()
+    if not bad and not t.isnan().all(): return
+    where = f'for layer {bad[0][0]}, unit {bad[0][1]}' if bad else 'for all units'
+    raise ValueError(f'the scores of {criterion!r} are NaN or infinite {where}; '
+                     'measure again: on other text, with finite weights, or use another criterion')
+
 def _checked(t, stats):
     "A table that a function made."
     if t.shape != stats.shape: raise ValueError(
@@ -82,4 +90,5 @@ def score(
         source = torch.Generator().manual_seed(seed)
         return torch.rand(stats.shape, generator=source).where(_exists(stats), math.nan)
     t = sign*stats[name]
+    _check_finite(t, stats, criterion)
     return _standardised(t) if criterion == 'flap' else t

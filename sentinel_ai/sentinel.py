@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
+from .foreign import is_finite
 from .heads import UNITS
 from .state import will_write
 
@@ -49,6 +50,10 @@ def _check_config(config):
         said = f'GateConfig({name}={getattr(config, name)!r})'
         if not is_fine: raise ValueError(f'{said}: allowed is {allowed}')
     c, share = config, config.sparsity
+    for name in ('init', 'warmup', 'l1', 'log_alpha', 'beta', 'gamma', 'zeta'):
+        need(is_finite(getattr(c, name)), name, 'a finite number')
+    need(share is None or is_finite(share), 'sparsity', 'None or a finite number')
+    need(c.l1 >= 0, 'l1', '0 or more')
     need(c.mode in MODES, 'mode', f'one of {MODES}')
     need(c.unit in UNITS, 'unit', f'one of {UNITS}')
     need(0 <= c.init <= 1, 'init', '0 to 1')

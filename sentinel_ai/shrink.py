@@ -147,7 +147,7 @@ def ungrow(
     hm = built_heads(m)
     native = replace(hm, sites=[s and (s.native or s) for s in hm.sites])
     _check_ungrow(m, hm, native)
-    check_ready(model, optimizer, 'grow')
+    check_ready(model, optimizer, 'ungrow')
     optimizer = linked_optimizer(m.sentinel, optimizer)
     was = repaired_params(m)
     with transaction(m, optimizer):

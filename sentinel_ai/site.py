@@ -202,7 +202,8 @@ def core_linear(m:nn.Module) -> nn.Module: # The layer that holds `weight`
     while not isinstance(own(m).get('weight'), Tensor):
         inner = getattr(m, 'base_layer', None) or getattr(m, 'linear', None)
         if inner is None: raise UnsupportedArchitecture(
-            f'{type(m).__name__} has no weight and wraps none')
+            f'{type(m).__name__} has no weight and wraps none; a model that is quantized '
+            'by such modules must be adapted and edited before it is')
         m = inner
     return m
 

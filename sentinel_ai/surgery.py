@@ -35,6 +35,13 @@ _all_ = [  # their home is a chapter before, and they are found here too
     'widen_map', 'replay']
 
 # %% ../nbs/03_surgery.ipynb #c0011
+def _check_known(gates, there, kind):
+    "Raise `ValueError` for a gate that says neither open nor closed."
+    bad = (there & ~gates.isfinite()).nonzero().tolist()
+    if bad: raise ValueError(
+        f'the gate of layer {bad[0][0]} {kind[:-1]} {bad[0][1]} is {float(gates[tuple(bad[0])])}; '
+        'set it to a number from 0 (closed) to 1 (open) first: set_gates')
+
 @patch(cls_method=True)
 def from_gates(cls:HeadPlan,
     model:nn.Module, # An adapted model, compact or not
@@ -45,7 +52,9 @@ def from_gates(cls:HeadPlan,
     for kind in kinds_of(m):
         units = plan.of_kind(kind)
         gates = gate_values(m, effective=True, kind=kind)
-        is_open = units.full(gates) != 0
+        full = units.full(gates)
+        _check_known(full, units.keep, kind)
+        is_open = full != 0
         plan = plan.with_kind(kind, units.keep & is_open)
     return plan
 

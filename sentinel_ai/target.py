@@ -10,6 +10,7 @@ import copy, statistics, time, torch
 from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .foreign import is_finite, is_whole
 from .heads import base_model
 from .choose import closed_cost, total_cost
 from .gates import gate_values, set_gates
@@ -36,10 +37,10 @@ class Target:
             'give one of amount=, params=, kv_bytes=, flops=, ms=; '
             f'given: {sorted(got) or "none of them"}')
         (name, value), = got.items()
-        is_number = isinstance(value, (int, float))
-        is_number = is_number and not isinstance(value, bool)
-        if not (is_number and value >= 0): raise ValueError(
-            f'{name}={value!r}: a number of 0 or more is needed')
+        if not is_finite(value, low=0): raise ValueError(
+            f'{name}={value!r}: a number of 0 or more is needed, and a finite one')
+        if not is_whole(self.context, 1): raise ValueError(
+            f'context={self.context!r}: allowed is a whole number of 1 or more tokens')
         return name, value
 
 # %% ../nbs/03b_target.ipynb #c0013

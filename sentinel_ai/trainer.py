@@ -21,6 +21,7 @@ from .checkpoint import (
     load_optimizer_state, load_rng_state, restore,
     schedulers_in, seal, sync_optimizer, unwrapped, write_run)
 from .run_state import load_scheduler
+from .saving import save_whole
 from .state import transaction
 from .learning import open_heads, sentinel_parameters
 
@@ -151,7 +152,7 @@ def _save(self:AdaptiveTrainerMixin, output_dir=None, state_dict=None):
     if self._stage is None: return
     folder = Path(output_dir)
     if hasattr(self.model, 'get_base_model'):
-        base_model(self.model).save_pretrained(folder/INNER)
+        save_whole(base_model(self.model), folder/INNER)
     (folder/'training_args.bin').unlink(missing_ok=True)
     (folder/'training_args.json').write_text(self.args.to_json_string())
 

@@ -12,6 +12,7 @@ from torch import nn
 from jaxtyping import Float
 from torch import Tensor
 from .heads import UnsupportedArchitecture, base_model, out_features, layer_stacks
+from .gates import check_edit, is_adaptive
 from .state import built_heads, transaction, will_write
 from .measure import HeadStats
 from .pathway import Pathway, SkipPathways
@@ -143,6 +144,7 @@ def add_skips(
     m = base_model(model)
     if hasattr(m, 'sentinel_skips'): raise RuntimeError(
         'this model has skip pathways; remove_skips(model) first')
+    if is_adaptive(m): check_edit(m, 'skips')
     rows, holder, width = _block_paths(m)
     _check_rank(rank, width)
     dtype = _float_name(dtype)

@@ -146,7 +146,7 @@ def test_weights_that_are_no_floats_in_memory_are_refused(spoil, says):
     spoil(model.sentinel.now.heads[1].out)
     sd = {k: v.clone() for k, v in model.state_dict().items()}
     for do in (lambda: prune(model, .5, CALIB, progress=False), lambda: measure(model, CALIB, 'use', progress=False), lambda: merge_gates(model),
-               lambda: close_heads(model, [(1, 0)], CALIB), lambda: regrow(model, [(0, 0)]), lambda: grow(model, heads=1),
+               lambda: close_heads(model, [(1, 0)], CALIB), lambda: regrow(model, [(0, 0)], init='zero'), lambda: grow(model, heads=1),
                lambda: grow(model, layers=1), lambda: compact(model, check=False)):
         with pytest.raises(RuntimeError, match=f'layer 1: model.layers.1.self_attn.o_proj.weight is .*{says}'): do()
     assert same(model, sd)

@@ -462,3 +462,13 @@ def test_an_optimizer_that_was_given_once_moves_along():
     unprune(model)
     train()
     assert all(s['exp_avg'].shape == p.shape for p, s in optimizer.state.items())
+
+
+def test_continuous_batching_is_refused_where_layers_lost_kv_heads():
+    "Its cache has one number of KV heads for all layers: requests failed one by one, and came back empty."
+    model = set_gates(adapt(random_model('llama')), {(1, 2): 0., (1, 3): 0.})
+    compact(model)
+    with pytest.raises(RuntimeError, match='layer 1 has 1 KV heads, and continuous batching makes a cache of 2'):
+        model.generate_batch([[5, 6, 7]], progress_bar=False)
+    expand(model)
+    model.init_continuous_batching(generation_config=model.generation_config)
