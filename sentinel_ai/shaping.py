@@ -201,7 +201,7 @@ def _check_moments(m, optimizer):
 def check_ready(
     model:nn.Module, # An adapted model
     optimizer:torch.optim.Optimizer|None, # Whose moments would move along
-    edit:str='compact', # A key of `gates.EDITS`
+    edit:str='compact', # A key of `edits.EDITS`
 ) -> nn.Module: # The model inside wrappers
     "Raise if units can't be cut out of this model as it is."
     m = need_adapted(model)
