@@ -13,9 +13,9 @@ import pickle, torch
 from pathlib import Path
 from torch import nn
 from .foreign import check_fields, damaged
-from .io import (
-    STATE, join_state, read_state, settle,
-    split_state, staged, write_state)
+from .io import settle, staged
+from .trees import (
+    STATE, join_state, read_state, split_state, write_state)
 from .heads import base_model
 from .site import owner_of
 from .gates import check_edit, is_adaptive

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM
 from .foreign import check_fields, check_inside, damaged, open_tensors
-from .io import read_state
+from .trees import read_state
 from .folder import weight_files
 from .heads import base_model, core_linear, out_features
 from .site import owner_of, own_parameters

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from transformers import Trainer, trainer_utils
 from transformers.trainer_utils import SaveStrategy
 from .foreign import check_fields, damaged
-from .io import read_state, staged
+from .io import staged
+from .trees import read_state
 from .gates import base_model, is_adaptive
 from .budget import closed_share
 from .checkpoint import (
