@@ -280,8 +280,8 @@ def test_balanced_wishes_take_turns(seed, is_measured):
 
 @pytest.mark.parametrize('withdrawn', [False, True])
 def test_regrow_restores_the_highest_wishes_in_order(withdrawn):
-    "Of equals the first; what has no wish comes last; what doesn't consent isn't asked."
-    table = torch.tensor([[.5, 2., math.nan, 2.], [.5, 3., .5, -1.]])
+    "Of equals the first; what doesn't consent isn't asked."
+    table = torch.tensor([[.5, 2., -5., 2.], [.5, 3., .5, -1.]])
     order = [(1, 1), (0, 1), (0, 3), (0, 0), (1, 0), (1, 2), (0, 2)]            # (1, 3) is open
     if withdrawn: order.remove((0, 3))
     for n in range(len(order) + 1):
