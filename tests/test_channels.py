@@ -18,12 +18,13 @@ from sentinel_ai.testing import random_model
 from transformers import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_matrix import ALL, CHANNELS, EXPERTS, IDS, build, logits, needs_experts, spread  # noqa: E402
+from test_matrix import ALL, CHANNELS, EXPERTS, IDS, VARIANTS, build, logits, needs_experts, spread  # noqa: E402
 from test_surgery import attributes, close, state  # noqa: E402
 
 torch.set_num_threads(1)
 # Dory has a norm without weights and a factor for each channel
 MORE = [m for m in ('dory', 'cpmant', 'xlm', 'granitemoehybrid') if m in CONFIG_MAPPING]
+VARIANTS['xlm'] = 'xlm', dict(causal=True)       # by default it reads both ways
 WITH = CHANNELS + MORE
 # Not every layer of it has an MLP: some are Mamba or attention alone
 PARTLY = {'nemotron_h'}
