@@ -110,7 +110,8 @@ def check_wishes(
     bad = (closed & ~wishes.isfinite()).nonzero().tolist()
     if bad: raise ValueError(
         f'layer {bad[0][0]} {unit} {bad[0][1]} is wished for by '
-        f'{float(wishes[tuple(bad[0])])}, which decides nothing; give a finite number for each closed one, list those to restore, or measure again')
+        f'{float(wishes[tuple(bad[0])])}, which decides nothing; give a finite number for each '
+        'closed one, list those to restore, or measure again')
     return wishes
 
 # %% ../nbs/04b_wish.ipynb #c0060
