@@ -165,6 +165,7 @@ def is_finite(
     try: return math.isfinite(x) and low <= x <= high
     except OverflowError: return False           # a whole number beyond all floats
 
+# %% ../nbs/000_foreign.ipynb #774b49d6
 def check_whole(
     values, # Should be a list of whole numbers
     what:str, # For the error

@@ -30,6 +30,7 @@ def trial_text(
     n = max(1, tokens//rows[0][0].shape[1])
     return rows[::math.ceil(len(rows)/n)]
 
+# %% ../nbs/03b_trials.ipynb #29295e22
 @torch.no_grad()
 def log_predictions(
     m:nn.Module, # The adapted model
