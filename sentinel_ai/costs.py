@@ -10,6 +10,7 @@ __all__ = ['unit_cost', 'total_cost', 'closing_saves', 'saved_cost', 'Units', 'c
 import torch
 from dataclasses import dataclass, replace
 from torch import Tensor
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from .heads import AttnSite, HeadMap, head_cost
 from .ranks import check_allowed
@@ -114,6 +115,14 @@ def _check_units(units):
     check_allowed(int(units.least.min()) >= 0, least, '0 or more')
     is_free = units.group is None or units.multiple == 1
     check_allowed(is_free, f'{multiple} with groups', '1')
+
+# %% ../nbs/02b_choose_costs.ipynb #1bfb8268
+@patch
+def times(self:Units,
+    rate:float, # Of another unit for each of this one
+):
+    "The same kind with costs in another unit."
+    return replace(self, cost=self.cost*rate, group_cost=self.group_cost*rate)
 
 # %% ../nbs/02b_choose_costs.ipynb #c0041
 def count_by_group(

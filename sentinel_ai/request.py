@@ -40,6 +40,7 @@ class PruneRequest(Target):
     protect_channels: object = () # Pairs `(layer, channel)`
     whole_groups: bool = False # Close whole KV groups
     batch_size: int = 4 # Blocks at a time
+    timed_batch: int = 1 # Sequences at once, for a share of time
     ridge: float = 1e-2 # Of heads
     channel_ridge: float = CHANNEL_RIDGE # Of channels
     seed: int = 0 # For criterion='random'
@@ -50,6 +51,8 @@ class PruneRequest(Target):
     fixed: dict = field(init=False, default_factory=dict) # Kind to table
     how: dict = field(init=False, default_factory=dict) # Repair, ridge
     slope: float = field(init=False, default=0.) # Of prices by depth, from trials
+    clock: object = field(init=False, default=None) # A `Clock`, for a budget of time
+    rates: dict = field(init=False, default_factory=dict) # Kind to time for a parameter
     info: dict = field(init=False, default_factory=dict) # Notes for the plan
     warned: bool = field(init=False, default=False) # Of too few tokens
 
@@ -76,7 +79,8 @@ def text(self:PruneRequest) -> list:
 def settle_kinds(self:PruneRequest, m):
     "Which units may be pruned."
     if self.kinds is None:
-        is_for_both = self.params is not None or self.flops is not None
+        budgets = self.params, self.flops, self.ms
+        is_for_both = any(budget is not None for budget in budgets)
         both = self.amount is None and is_for_both
         both = both and built_sites(m).channels is not None
         self.kinds = ('heads', 'channels') if both else ('heads',)
@@ -92,8 +96,7 @@ def check_joint(self:PruneRequest):
     "Raise for what can't be asked of heads and channels together."
     both = 'for heads and channels together'
     what = f'amount={self.amount!r} {both}'
-    check_allowed(self.amount is None, what, 'a budget: params= or flops=')
-    check_allowed(self.ms is None, f'ms={self.ms!r} {both}', 'params= or flops=')
+    check_allowed(self.amount is None, what, 'a budget: params=, flops= or ms=')
     what = f"criterion='auto' {both}"
     check_allowed(self.criterion != 'auto', what, 'the name of one criterion')
 
@@ -119,8 +122,9 @@ def check_values(self:PruneRequest, heads):
         value = getattr(self, name)
         is_ridge = is_finite(value, 0, 1e6) and value > 0
         check_allowed(is_ridge, f'{name}={value!r}', 'above 0, up to 1,000,000')
-    n = self.batch_size
-    check_allowed(is_whole(n, 1), f'batch_size={n!r}', 'a whole number of 1 or more')
+    for name in ('batch_size', 'timed_batch'):
+        n = getattr(self, name)
+        check_allowed(is_whole(n, 1), f'{name}={n!r}', 'a whole number of 1 or more')
     check_allowed(is_whole(self.seed), f'seed={self.seed!r}', 'a whole number of 0 or more')
     text = 'calibration text: token ids, a DataLoader or a data set'
     check_allowed(self.batches is not None, 'batches=None', text)
@@ -190,7 +194,7 @@ def _new_biases(found):
 @patch
 def units(self:PruneRequest, unit, maps, closed, prices=None) -> list:
     "`Units` of each kind, for a budget in `unit`."
-    res = []
+    res, counted = [], 'params' if unit == 'ms' else unit
     for kind, found in maps.items():
         free = dict(worth=torch.zeros(found.shape))
         price = (prices or {}).get(kind) or free
@@ -198,8 +202,9 @@ def units(self:PruneRequest, unit, maps, closed, prices=None) -> list:
         least = self.min_heads if is_heads else self.min_channels
         more = {} if is_heads else dict(multiple=self.multiple)
         res.append(units_of(
-            found, closed[kind], unit, self.context, least=least,
+            found, closed[kind], counted, self.context, least=least,
             protect=self.fixed[kind], **more, **price))
+    if unit == 'ms': res = [u.times(self.rates[u.kind]) for u in res]
     if unit != 'kv_bytes': res[0].whole = self.whole_groups
     return res
 

@@ -6,17 +6,14 @@
 __all__ = ['Target', 'latency', 'heads_for_ms']
 
 # %% ../nbs/03b_target.ipynb #60854ddf
-import copy, statistics, time, torch
 from dataclasses import dataclass, replace
-from torch import nn, Tensor
 from fastcore.basics import patch
 from .foreign import is_finite, is_whole
-from .heads import base_model
 from .choose import closed_cost, total_cost
-from .gates import gate_values, set_gates
-from .measure import measuring
-from .surgery import compact
-from .state import need_state
+from .clock import heads_for_ms, latency  # noqa: F401
+
+# %% ../nbs/03b_target.ipynb #3da31032
+_all_ = ['latency', 'heads_for_ms']  # their home is a chapter before, and they are found here too
 
 # %% ../nbs/03b_target.ipynb #c0010
 @dataclass
@@ -80,54 +77,3 @@ def goal(self:Target,
         f'{name}={value:,}: without any {what} this model still has '
         f'{least:,.0f}; with all it has {total:,.0f}')
     return name, max(0., total - value)
-
-# %% ../nbs/03b_target.ipynb #c0018
-@torch.no_grad()
-def latency(
-    model:nn.Module, # A model of transformers
-    ids:Tensor, # Token ids `[b, t]`
-    repeats:int=5, # Timed forward passes
-) -> float: # Milliseconds
-    "Median time of a forward pass."
-    m, times = base_model(model), []
-    is_cuda = m.device.type == 'cuda'
-    sync = torch.cuda.synchronize if is_cuda else (lambda: None)
-    with measuring(m):
-        for _ in range(repeats + 1):
-            sync()
-            start = time.perf_counter()
-            m(ids.to(m.device), use_cache=False)
-            sync()
-            times.append(1000*(time.perf_counter() - start))
-    return statistics.median(times[1:])
-
-# %% ../nbs/03b_target.ipynb #c0020
-def _timed_copy(m, close, ids):
-    "Time of a copy without the heads in `close`."
-    twin = copy.deepcopy(m)
-    set_gates(twin, torch.where(close, 0., gate_values(twin)))
-    if close.any(): compact(twin, check=False)
-    return latency(twin, ids)
-
-def heads_for_ms(
-    m:nn.Module, # The adapted model
-    ms:float, # Milliseconds that a forward pass may take
-    plan_for, # From a number of heads to a table of them
-    ids:Tensor, # Token ids `[b, t]`
-    tries:int=6, # Steps of the bisection
-) -> int:
-    "The least number of heads to prune for a forward pass within `ms`; 0 if it is within it."
-    heads = need_state(m).now.heads
-    enough, short = heads.n_heads - 1, 0
-    if _timed_copy(m, plan_for(0), ids) <= ms: return 0
-    best = _timed_copy(m, plan_for(enough), ids)
-    if best > ms: raise ValueError(
-        f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} '
-        f'tokens still takes {best:.1f} ms on {m.device}')
-    for _ in range(tries):
-        if enough - short <= 1: break
-        middle = (short + enough)//2
-        is_fast = _timed_copy(m, plan_for(middle), ids) <= ms
-        if is_fast: enough = middle
-        else: short = middle
-    return enough
