@@ -87,7 +87,8 @@ class NotebookTest(pytest.Item):
 
 # Importing torch and transformers takes some ten seconds: one server does it, and each notebook runs in a fork of that.
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['torch', 'transformers.trainer', 'datasets', 'matplotlib.pyplot', 'nbdev.test', f'{LIB}.train'])
+FORKS.set_forkserver_preload(['torch', 'transformers.trainer', 'datasets', 'matplotlib.pyplot', 'nbdev.test', f'{LIB}.train',
+                              'tests.preloaded'])
 
 # What the notebook's own process does: run test_nb, count the cells that ran, keep the one that failed.
 CHILD = r'''

@@ -7,7 +7,7 @@ __all__ = ['RERUN', 'random_config', 'random_model', 'may_store', 'rerun', 'resu
            'with_cache', 'command_output', 'check_command']
 
 # %% ../nbs/000_testing.ipynb #c0003
-import difflib, io, json, os, torch
+import copy, difflib, io, json, os, pickle, torch
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from torch import nn
@@ -109,14 +109,10 @@ def _check_size(model_type, config, max_params):
                      'or shrink its config by keyword')
 
 # %% ../nbs/000_testing.ipynb #c0054
-def random_model(
-    model_type:str, # A `model_type` of transformers, such as `'gpt2'`
-    seed:int=0, # Seed of the weights
-    dtype:torch.dtype=torch.float32, # Type of the weights
-    max_params:int=100_000_000, # Refuse to build anything larger than this
-    **kwargs, # Values of the config to set besides the small defaults
+def _build(
+    model_type, seed, dtype, max_params, kwargs,
 ) -> nn.Module:
-    "A tiny decoder with random weights, biases and norms, in eval mode."
+    "What `random_model` gives, made from nothing."
     config = random_config(model_type, **kwargs)
     _check_size(model_type, config, max_params)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -125,6 +121,31 @@ def random_model(
         for p in model.parameters():
             if p.ndim == 1: p.add_(torch.randn_like(p)*.1)
     return model.to(dtype).eval()
+
+# %% ../nbs/000_testing.ipynb #90d8b93c
+_KEPT = {}               # what was asked for: the model
+_MOST_KEPT = 256         # models
+_LARGEST_KEPT = 300_000  # parameters
+
+def random_model(
+    model_type:str, # A `model_type` of transformers, such as `'gpt2'`
+    seed:int=0, # Seed of the weights
+    dtype:torch.dtype=torch.float32, # Type of the weights
+    max_params:int=100_000_000, # Refuse to build anything larger than this
+    **kwargs, # Values of the config to set besides the small defaults
+) -> nn.Module:
+    "A tiny decoder with random weights, biases and norms, in eval mode."
+    asked = model_type, seed, dtype, max_params, kwargs
+    fresh = torch.empty(0)
+    where = type(fresh), fresh.device, fresh.dtype, fresh.is_inference()
+    key = pickle.dumps((asked, where))
+    if key in _KEPT: return copy.deepcopy(_KEPT[key])
+    model = _build(*asked)
+    n = sum(p.numel() for p in model.parameters())
+    if n > _LARGEST_KEPT: return model
+    if len(_KEPT) >= _MOST_KEPT: _KEPT.pop(next(iter(_KEPT)))    # the oldest
+    _KEPT[key] = model
+    return copy.deepcopy(model)
 
 # %% ../nbs/000_testing.ipynb #c0006
 RERUN = 'SENTINEL_RERUN'
