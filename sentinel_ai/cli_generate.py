@@ -8,6 +8,7 @@ __all__ = ['GenerateOptions', 'generate_cli']
 # %% ../nbs/12a_cli_generate.ipynb #eb402d8f
 import sys, time, torch, transformers
 from dataclasses import dataclass
+from .batches import NOT_FINITE
 from .command import DEFAULT_MODEL, MODEL_HELP, Parser, check_place, default_model
 from .command import interruptible, load, need, opt, quiet, user_errors
 
@@ -97,6 +98,16 @@ def _encode(model, tok, o):
     _check_context(model, ids.shape[1], o)
     return ids.to(model.device)
 
+# %% ../nbs/12a_cli_generate.ipynb #1c58b84a
+class _Known(transformers.LogitsProcessor):
+    "Raise `ValueError` for scores that say nothing."
+    def __call__(self, input_ids, scores):
+        bad = scores.isnan() | (scores == torch.inf)
+        if bad.any(): raise ValueError(
+            f'the scores of token {input_ids.shape[1]} hold {float(scores[bad][0]):g}, '
+            f'so there is nothing to choose by. {NOT_FINITE}')
+        return scores
+
 # %% ../nbs/12a_cli_generate.ipynb #c0124
 def _generate(model, tok, ids, o):
     "Generate and print. Gives how many tokens were added"
@@ -108,6 +119,7 @@ def _generate(model, tok, ids, o):
         streamer = transformers.TextStreamer(tok, skip_special_tokens=True)
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     out = model.generate(ids, attention_mask=torch.ones_like(ids),
+                         logits_processor=transformers.LogitsProcessorList([_Known()]),
                          streamer=streamer, pad_token_id=pad, **how)
     if streamer is None: print(tok.decode(out[0], skip_special_tokens=True))
     return out.shape[1] - ids.shape[1]
@@ -130,7 +142,7 @@ def generate_cli(
         ids = _encode(model, tok, o)
     if o.seed is not None: transformers.set_seed(o.seed)
     start = time.perf_counter()
-    n = _generate(model, tok, ids, o)
+    with user_errors(prog): n = _generate(model, tok, ids, o)
     sec = time.perf_counter() - start
     print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second',
           file=sys.stderr)

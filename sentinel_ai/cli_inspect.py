@@ -111,10 +111,17 @@ class InspectOptions:
 # %% ../nbs/12b_cli_inspect.ipynb #c0139
 def _count(values): return int((values > 0).sum())
 
+def _odd_weights(model):
+    "Names of parameters that hold NaN or infinity."
+    return [name for name, p in model.named_parameters() if not p.isfinite().all()]
+
 def _inspected(model):
     "What there is to say about a model, in paragraphs"
     state, found = model.sentinel, model.sentinel.now
     heads, plan = open_gates(model), state.plan
+    if odd := _odd_weights(model): yield (
+        f'NaN or infinity in {", ".join(odd[:3])}{", …" if odd[3:] else ""}: '
+        'nothing can be measured or decided on this model')
     yield repr(found.heads)
     if found.channels is not None: yield repr(found.channels)
     yield f'{coverage_lines(model)}\n{_memory(model)}'

@@ -10,6 +10,7 @@ import math
 from fastcore.basics import patch
 from transformers import TrainerCallback
 from .head_lr import HeadLR
+from .learning import check_gradients
 from .plasticity import Plasticity, check_option, perplexity_of
 
 # %% ../nbs/10b_cycle.ipynb #caa5f4ba
@@ -96,6 +97,11 @@ def on_train_begin(self:AdaptiveCallback, args, state, control, model=None,
     self.attach(model, optimizer, lr_scheduler)
 
 # %% ../nbs/10b_cycle.ipynb #c0090
+@patch
+def on_pre_optimizer_step(self:AdaptiveCallback, args, state, control,
+                          model=None, optimizer=None, **kwargs):
+    check_gradients(model, state.global_step + 1, optimizer)
+
 @patch
 def on_step_end(self:AdaptiveCallback, args, state, control, model=None,
                 optimizer=None, lr_scheduler=None, **kwargs):

@@ -10,6 +10,7 @@ import math, torch
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from .foreign import is_finite, is_whole
 from .gates import base_model, gate_values
 from .surgery import head_slices, original_heads
 from .run_state import unwrapped
@@ -71,8 +72,8 @@ class HeadLR:
 
 def _check_schedule(schedule):
     if schedule is None: return
-    is_pair = len(schedule) == 2
-    if is_pair and schedule[0] >= 0 and schedule[1] >= 1: return
+    is_pair = isinstance(schedule, (tuple, list)) and len(schedule) == 2
+    if is_pair and is_finite(schedule[0], 0) and is_whole(schedule[1], 1, 1 << 62): return
     raise ValueError(f'schedule={schedule!r}: allowed is '
                      '(factor of 0 or more, steps of 1 or more)')
 
@@ -95,8 +96,12 @@ def factors(self:HeadLR) -> Float[Tensor, 'l h']:
 def boost(self:HeadLR, heads, high=None, steps=None):
     "Let heads start with `high` times their factor; default is the schedule."
     if high is None: high, steps = self.schedule or (1., 1)
+    _check_schedule((high, steps))
+    heads = [(int(l), int(h)) for l, h in heads]
+    exists = self.multipliers.isfinite()
+    _set_pairs(exists.float(), exists, dict.fromkeys(heads, 1.))     # raises for others
     if high == 1: return
-    for l, h in heads: self.boosts[int(l), int(h)] = [float(high), int(steps), 0]
+    for head in heads: self.boosts[head] = [float(high), steps, 0]
 
 # %% ../nbs/10b_head_lr.ipynb #c0024
 def _joined(p, dim, slices):
@@ -186,6 +191,13 @@ def state_dict(self:HeadLR) -> dict:
 @patch
 def load_state_dict(self:HeadLR, d):
     "Go on with saved factors and boosts."
-    self.multipliers = _multipliers(self.multipliers.isfinite(), d['multipliers'])
-    self.boosts = {head: list(boost) for head, boost in d['boosts'].items()}
+    exists, boosts = self.multipliers.isfinite(), {}
+    for (l, h), (high, steps, at) in d['boosts'].items():
+        _check_schedule((high, steps))
+        if not is_whole(at, 0, steps): raise ValueError(
+            f'layer {l} head {h}: step {at!r} of a boost; allowed is 0 to {steps - 1}')
+        boosts[int(l), int(h)] = [float(high), steps, at]
+    _set_pairs(exists.float(), exists, dict.fromkeys(boosts, 1.))    # raises for others
+    self.multipliers = _multipliers(exists, d['multipliers'])
+    self.boosts = boosts
     self._map = None

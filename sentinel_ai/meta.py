@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int
 from fastcore.basics import patch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from .heads import HeadMap, base_model, head_map
-from .gates import adapt, set_gates
+from .foreign import is_finite, is_whole
+from .gates import adapt, gate_values, is_adaptive, set_gates
+from .state import transaction
 from .sentinel import hard_concrete
 from .measure import HeadStats, measure, predictors
 from .ann import FEATURES, LOGS, ANNController, Context, features, heads_in, shift_to
@@ -114,17 +116,23 @@ def case(
     if not in_range or (gone and closed): raise ValueError(f'gone={gone!r}, closed={closed!r}: '
         'allowed are shares from 0 up to, not including, 1, and one of them at a time')
     exists, away = _drawn(hm, max(gone, closed), seed)
-    try:
-        if gone or closed: set_gates(model, torch.where(away, 0., 1.))
+    with transaction(model):
+        set_gates(model, torch.where(away, 0., 1.))
         stats = measure(model, batches, what, progress=False)
-    finally: set_gates(model, 1.)
-    grams, none = stats.grams, torch.zeros_like(away)
-    if closed: grams = measure(model, batches, 'gram', progress=False).grams
+        set_gates(model, 1.)
+        grams, none = stats.grams, torch.zeros_like(away)
+        if closed: grams = measure(model, batches, 'gram', progress=False).grams
     if not gone: return Case(model, stats, none, exists & ~away, grams)
     stats.tables = {name: t.masked_fill(away, math.nan) for name, t in stats.tables.items()}
     return Case(model, stats, away, exists & ~away, grams)
 
 # %% ../nbs/10a_meta.ipynb #c0030
+def _check_counts(**counts):
+    "Raise `ValueError` unless all are whole numbers of 1 or more."
+    for name, value in counts.items():
+        if not is_whole(value, 1): raise ValueError(
+            f'{name}={value!r}: allowed is a whole number of 1 or more')
+
 def cases(
     model:nn.Module, # A decoder
     blocks:Int[Tensor, 'n t'], # Token blocks, more than `size`
@@ -133,6 +141,7 @@ def cases(
     seed:int=0, # Of the draws
 ) -> list:
     "The model as it is, with heads pruned, with heads closed, in turn."
+    _check_counts(n=n, size=size)
     rng = torch.Generator().manual_seed(seed)
     shares, res = (.2, .35, .5), []
     for i in range(n):
@@ -195,13 +204,22 @@ def forward(self:ControllerTask, input_ids, which, target, **kwargs):
     "`input_ids` `[b, t]`, the number of a case, a share to close."
     c, target = self.cases[int(which)], float(target)
     a = self.logits(c, target)
+    _check_known(a[heads_in(c.stats).to(a.device)], f'logits of case {int(which)}')
     g = hard_concrete(shift_to(a, target), sample=self.training)
     g = torch.where(c.gone.to(g.device), 0., g)
     lost = None
     if self.repair: lost = left_behind(base_model(c.model).sentinel.now.heads, c.grams, g)
     with driven(c.model, g, lost): text = lm_loss(c.model, input_ids)
+    _check_known(text, f'the loss of case {int(which)}')
     loss = self.controller.loss(self.scale*text, a, target, self.spread)
     return dict(loss=loss, text=text.detach())
+
+def _check_known(values, what):
+    "Raise `ValueError` for NaN or infinity, from which nothing can be learned."
+    bad = values.detach()[~values.detach().isfinite()]
+    if len(bad): raise ValueError(
+        f'{what}: {float(bad[0]):g}, from which nothing can be learned. '
+        'Are the weights of model and controller finite, is the learning rate low enough?')
 
 # %% ../nbs/10a_meta.ipynb #c0042
 class _Draws(torch.utils.data.Dataset):
@@ -244,16 +262,18 @@ def train_controller(
     seed:int=0, # Of the draws
     **kwargs, # For `TrainingArguments`
 ) -> list: # The Trainer's log
-    "Train a controller with the Trainer. Only its parameters move."
-    if steps < 1 or len(blocks) < 1:
-        raise ValueError(f'steps={steps}, {len(blocks)} blocks: both must be 1 or more')
+    "Train a controller with the Trainer. Only its parameters move, and none if the run breaks off."
+    _check_counts(steps=steps, batch=batch, draws=draws, blocks=len(blocks))
+    if not is_finite(lr, 0): raise ValueError(f'lr={lr!r}: allowed is a finite number, 0 or more')
     data = _Draws(blocks, len(task.cases), steps*draws, batch, shares, seed)
     with tempfile.TemporaryDirectory() as folder:
         args = _arguments(folder, steps, draws, lr, seed, **kwargs)
         first = lambda rows: rows[0]
         trainer = Trainer(task, args, train_dataset=data, data_collator=first)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with transaction() as tx:
+            tx.hold(task.controller)
+            trainer.train()
     task.eval()
     return trainer.state.log_history
 
@@ -276,10 +296,12 @@ def tune(
     half = len(batches)//2
     trainable = [p for p in model.parameters() if p.requires_grad]
     was = model.training
+    gates = gate_values(model) if is_adaptive(model) else None
     try:
         task = ControllerTask(controller, cases(model, batches[:half], n, size=half))
         train_controller(task, batches[half:], steps, lr=lr, shares=(target, target), **kwargs)
     finally:
         for p in trainable: p.requires_grad_(True)
         model.train(was)
+        if gates is not None: set_gates(model, gates)
     return controller

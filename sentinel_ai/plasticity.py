@@ -10,6 +10,7 @@ import math, time, torch
 from contextlib import contextmanager
 from torch import nn
 from fastcore.basics import patch, store_attr
+from .foreign import is_finite, is_whole
 from .gates import adapt, base_model
 from .surgery import HeadPlan, compact
 from .pruning import close_heads
@@ -44,7 +45,8 @@ class Plasticity:
     ):
         store_attr('controller,batches,every,compact_every')
         store_attr('agency,head_lr,batch_size,seed')
-        usual = dict(init='memory', warmup=max(1, every//4))
+        warmup = max(1, every//4) if _is_count(every) else 1
+        usual = dict(init='memory', warmup=warmup)
         self.prune = dict(repair='affine') | (prune or {})
         self.regrow = usual | (regrow or {})
         self.model = self.optimizer = self.scheduler = None
@@ -73,9 +75,15 @@ def _check_values(self:Plasticity):
     warmup = self.regrow['warmup']
     check_option(repair in REPAIRS, f'repair={repair!r}', f'one of {REPAIRS}')
     check_option(init in INITS, f'init={init!r}', f'one of {INITS}')
-    is_warmup = isinstance(warmup, int) and warmup >= 0
-    check_option(is_warmup, f'warmup={warmup!r}',
+    check_option(is_whole(warmup), f'warmup={warmup!r}',
           'a whole number of 0 or more steps')
+    ridge = self.prune.get('ridge', 0.)
+    check_option(is_finite(ridge, 0), f'ridge={ridge!r}',
+          'a finite number, 0 or more')
+    alpha, gate = (self.regrow.get(name, 1.) for name in ('alpha', 'gate'))
+    check_option(is_finite(alpha, 0, 1), f'alpha={alpha!r}', '0 to 1')
+    is_open = is_finite(gate, 0, 1) and gate > 0
+    check_option(is_open, f'gate={gate!r}', 'above 0, up to 1')
 
 # %% ../nbs/10b_plasticity.ipynb #c0049
 _KNOWN = dict(
@@ -90,6 +98,10 @@ def _check(self:Plasticity):
         'it needs decide(stats, plan, step)')
     check_option(_is_count(self.every), f'every={self.every!r}',
           'a whole number of 1 or more steps')
+    for name, least in (('batch_size', 1), ('seed', 0)):
+        value = getattr(self, name)
+        check_option(is_whole(value, least, 1 << 62), f'{name}={value!r}',
+              f'a whole number of {least} or more')
     cycles = self.compact_every
     check_option(cycles is None or _is_count(cycles), f'compact_every={cycles!r}',
           'None or a whole number of 1 or more cycles')

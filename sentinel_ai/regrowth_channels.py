@@ -10,10 +10,10 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .heads import base_model
-from .gates import gate_values, set_gates
+from .gates import set_gates
 from .slices import local_channels
 from .repair import move_param
-from .regrowth import Regrowth, out_names, saved_bridges
+from .regrowth import Regrowth, finite_gates, out_names, saved_bridges
 
 # %% ../nbs/04b_regrowth_channels.ipynb #c0019
 def _part_of(record, at):
@@ -128,7 +128,7 @@ def take_off(m, layer, share, by):
 def _lead(self:ChannelRegrowth, then, now):
     "From the share `then` to the share `now`."
     m = base_model(self.model)
-    gates, stopped = gate_values(m, kind='channels'), {}
+    gates, stopped = finite_gates(m, 'channels'), {}
     new = torch.full_like(gates, torch.nan)
     keep = m.sentinel.plan.of_kind('channels').keep
     for l, t in self.target.items():

@@ -341,6 +341,11 @@ def move_param(
     settle_names(m)
     changed = need_state(m, gates=False).repairs.changed
     before = full_param(m, name).clone()
+    bad = [what for what, t in ((name, before), ('what is taken off it', change))
+           if not t.isfinite().all()]
+    if bad: raise ValueError(
+        f'{bad[0]} holds NaN or infinity, so nothing can be given back from {name}; '
+        'go on from a state whose weights are finite')
     put_full(m, name, change, add=True)
     if name not in changed: return
     old, new = changed[name]

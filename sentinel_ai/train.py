@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from .choose import lowest
 from .gates import adapt, base_model, need_adapted, set_gates
 from .sentinel import GateConfig
+from .state import transaction
 from .cycle import (
     AdaptiveCallback, HeadLR, Plasticity, perplexity_of)
 from .learning import (
@@ -70,10 +71,14 @@ class TrainResult:
             row('after', self.after)])
 
 # %% ../nbs/10_train.ipynb #c0087
-def _measured(trainer):
+def _measured(trainer, check=False):
     "Loss, perplexity and open heads on the validation blocks."
     m = base_model(trainer.model)
-    loss = trainer.evaluate()['eval_loss']
+    loss = trainer.evaluate().get('eval_loss', math.nan)
+    if check and not math.isfinite(loss): raise ValueError(
+        f'the loss on the validation blocks is {loss:g} before the first step, '
+        'so nothing can be learned or compared. Are all weights finite, '
+        'has every batch labels, has each block two tokens or more?')
     counts = dict(open=open_heads(m), heads=m.sentinel.now.heads.n_heads)
     return dict(loss=loss, perplexity=perplexity_of(loss)) | counts
 
@@ -96,7 +101,13 @@ def n_steps(
     per_epoch = math.ceil(batches/args.gradient_accumulation_steps)
     return math.ceil(per_epoch*args.num_train_epochs)
 
-def _checked_steps(args, n_blocks):
+def _checked_steps(args, data):
+    "The steps of a run over the data. Raises `ValueError` where there is too little."
+    for name in ('train', 'validation'):
+        n = len(data[name]) if name in data else 0
+        if not n: raise ValueError(
+            f'data[{name!r}] holds no block; give one or more to train on and to measure on')
+    n_blocks = len(data['train'])
     steps = n_steps(args, n_blocks)
     if steps < 2: raise ValueError(
         f'{steps} step(s) over {n_blocks} blocks: a run needs 2 or more; '
@@ -125,6 +136,24 @@ def _gate_config(run, learn_steps):
 def _gate_lr(run, learn_steps): return run.gate_lr or 6/learn_steps
 
 # %% ../nbs/10_train.ipynb #c0099
+def _started(model, data, run, args, tokenizer, callbacks):
+    "A trainer that is ready to run, its gates, and what was measured before."
+    steps = _checked_steps(args, data)
+    learn_steps = max(1, round(run.learn*steps))
+    adapt(model, _gate_config(run, learn_steps))
+    gates = GateCallback(run.learn)
+    trainer = AdaptiveTrainer(
+        model, args,
+        train_dataset=data['train'], eval_dataset=data['validation'],
+        processing_class=tokenizer, callbacks=[gates, *callbacks])
+    trainer.gate_lr = _gate_lr(run, learn_steps)
+    before = _measured(trainer, check=True)
+    is_random = run.criterion == 'random'
+    if is_random: close_random(model, run.sparsity, run.unit, args.seed)
+    closed = None if run.is_learned else _measured(trainer)
+    return trainer, gates, before, closed
+
+# %% ../nbs/10_train.ipynb #680fe1f6
 def train_gates(
     model:nn.Module, # Any decoder; it is adapted and trained in place
     data, # Blocks `train` and `validation`, from `lm_dataset`
@@ -135,19 +164,8 @@ def train_gates(
 ) -> TrainResult:
     "Learn gates and weights under a budget, close heads, fine-tune."
     check_one_process(args)
-    steps = _checked_steps(args, len(data['train']))
-    learn_steps = max(1, round(run.learn*steps))
-    adapt(model, _gate_config(run, learn_steps))
-    gates = GateCallback(run.learn)
-    trainer = AdaptiveTrainer(
-        model, args,
-        train_dataset=data['train'], eval_dataset=data['validation'],
-        processing_class=tokenizer, callbacks=[gates, *callbacks])
-    trainer.gate_lr = _gate_lr(run, learn_steps)
-    before = _measured(trainer)
-    is_random = run.criterion == 'random'
-    if is_random: close_random(model, run.sparsity, run.unit, args.seed)
-    closed = None if run.is_learned else _measured(trainer)
+    with transaction(model):
+        trainer, gates, before, closed = _started(model, data, run, args, tokenizer, callbacks)
     ran = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = _measured(trainer)
     log = trainer.state.log_history

@@ -130,3 +130,22 @@ def test_quiet_when_nobody_reads(monkeypatch):
     @command.interruptible
     def main(argv=None): raise KeyboardInterrupt
     assert main([]) == 130
+
+
+def test_weights_that_are_no_numbers(tmp_path, capsys):
+    "Nothing is written, drawn or trained from them, and a look at the model says so."
+    model, tok = command.load('tiny-llama')
+    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight[0, 0] = float('nan')
+    folder = str(tmp_path/'model')
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    for more in ([], ['--do_sample'], ['--num_beams', '2']):
+        assert 'nothing to choose by' in refused(generate_cli, ['A class', '--model', folder, '--tokens', '3', *more], capsys)
+    for more in ([], ['--params', '.8'], ['--criterion', 'random']):
+        said = refused(train_cli, ['--model', folder, '--output_dir', str(tmp_path/'run'), '--max_steps', '2', '--block_size', '32', '--max_tokens', '999',
+                                   '--held', '2', '--disable_tqdm', *more], capsys)
+        assert 'batch 0' in said if '--params' in more else 'validation blocks is nan' in said
+        assert not (tmp_path/'run').exists()
+    assert inspect_cli([folder]) == 0
+    assert 'NaN or infinity in model.layers.1.mlp.down_proj' in capsys.readouterr().out
+    assert compat_cli([folder]) == 1
