@@ -10,6 +10,8 @@ from .merge import merge_gates, unmerge_gates
 from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
 from .pruning import close_heads, prune, undo_repair, unprune
+from .elastic import elastic
+from .sizes import resize
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
 from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow

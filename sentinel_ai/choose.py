@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lowest', 'head_items', 'choose', 'choose_evenly', 'strongest', 'rank_in_layer', 'Selection', 'blocks', 'highest',
            'unit_cost', 'total_cost', 'closing_saves', 'saved_cost', 'Units', 'closed_cost', 'units_of', 'by_group',
-           'choose_units', 'reachable_cost', 'choose_units_evenly']
+           'choose_units', 'reachable_cost', 'choose_units_evenly', 'closing_order']
 
 # %% ../nbs/02b_choose.ipynb #c0003
 import math, torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 from .choose_units import (
-    choose_units, choose_units_evenly, reachable_cost)
+    choose_units, choose_units_evenly, closing_order, reachable_cost)
 from .costs import (
     Units, by_group, closed_cost, closing_saves, saved_cost, total_cost,
     unit_cost, units_of)
@@ -27,7 +27,7 @@ _all_ = [  # their home is another chapter, and they are found here too
     'strongest', 'rank_in_layer', 'Selection', 'blocks', 'highest',
     'unit_cost', 'total_cost', 'closing_saves', 'saved_cost',
     'Units', 'closed_cost', 'units_of', 'by_group',
-    'choose_units', 'reachable_cost', 'choose_units_evenly']
+    'choose_units', 'reachable_cost', 'choose_units_evenly', 'closing_order']
 
 # %% ../nbs/02b_choose.ipynb #c0018
 def _of_group(x, site, reduce):

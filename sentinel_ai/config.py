@@ -127,7 +127,8 @@ def is_plain(
     if m.sentinel.compact or hasattr(m, 'sentinel_skips'): return False
     if m.sentinel.agency is not None or extra_biases(m): return False
     if is_merged(m): return True
-    if m.sentinel.repairs or m.sentinel.memory is not None: return False
+    kept = m.sentinel.memory, m.sentinel.family
+    if m.sentinel.repairs or any(part is not None for part in kept): return False
     return all(_is_open(site.module.sentinel) for site in m.sentinel.now)
 
 # %% ../nbs/07a_config.ipynb #b4b08f19

@@ -36,6 +36,7 @@ EDITS = dict(
     measure=_WRITES, repair=f'merged {_WRITES}', undo=f'merged compact {_WRITES}',
     unprune=f'merged {_WRITES}', merge=f'learned factors adapter {_WRITES}', unmerge='packed',
     compact=_CUTS, expand=_CUTS, reattach=_CUTS, regrow=_CUTS, reopen='parallel merged learned',
+    resize=f'{_CUTS} factors',
     ramp='merged adapter',
     grow=f'{_CUTS} agency', grow_channels=_CUTS, ungrow=_CUTS,
     grow_layers=f'adapter {_WRITES} agency memory skips', skips='packed',

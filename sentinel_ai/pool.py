@@ -161,7 +161,7 @@ def take(self:Shortlist, i):
     return saves
 
 # %% ../nbs/02b_pool.ipynb #c0052
-def take_greedily(pools, total, saved, goal, shortlist, nearest=False):
+def take_greedily(pools, total, saved, goal, shortlist, nearest=False, log=None):
     "Take the cheapest unit for what it saves until the goal is met or nothing is left. What is saved then."
     while saved < goal - 1e-6:
         for pool in pools: pool.look(total)
@@ -175,6 +175,7 @@ def take_greedily(pools, total, saved, goal, shortlist, nearest=False):
             if nearest and would_be > goal: return saved
             saved += few.take(i)
             taken.append(i)
+        if log is not None: log += [few.where[i] for i in taken]
         if not taken: break
         total += few.vectors[:, taken].double().sum(1)
     return saved

@@ -27,6 +27,7 @@ from .folder import (
 from .loaders import explain
 from .config import SentinelConfig
 from .removed import recall_removed
+from .sizes import as_budget, resize
 
 # %% ../nbs/07a_reading.ipynb #c0009
 def _fits(cls, base):
@@ -146,7 +147,7 @@ def _finish(model, path, config, info):
     _rewire(model)
     if config.agency is not None: Agency.from_dict(config.agency).attach(model)
 
-def _read(path, config, hub, verify, *args, **kwargs):
+def _read(path, config, hub, verify, *args, budget=None, **kwargs):
     "The model of a folder, and what its loader has to say."
     base = config.base_config()
     _to_base(base, kwargs)
@@ -159,6 +160,7 @@ def _read(path, config, hub, verify, *args, **kwargs):
     recall_removed(model, path, hub, verify)
     repairs = model.sentinel.repairs
     if config.repaired: repairs.lost |= not repairs.changed
+    if budget is not None: resize(model, **as_budget(budget))
     return model, info
 
 # %% ../nbs/07a_reading.ipynb #c0055

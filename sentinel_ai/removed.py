@@ -16,6 +16,7 @@ from .state import RepairLog
 from .stash import bare_name, full_param
 from .repair import settle_names
 from .memory import HeadMemory
+from .sizes import FAMILY_FILE, read_family
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE
 
 # %% ../nbs/07a_removed.ipynb #c0034
@@ -209,6 +210,8 @@ def recall_removed(
     "Give a loaded model its memory, if it was saved."
     heads = _found(path, HEADS_FILE, hub)
     if heads is not None: HeadMemory.load(heads, verify=verify).attach(m)
+    family = _found(path, FAMILY_FILE, hub)
+    if family is not None: m.sentinel.family = read_family(family, m, verify)
     file = _found(path, MEMORY_FILE, hub)
     offloaded = any(p.is_meta for p in m.parameters())
     if file is None or offloaded: return

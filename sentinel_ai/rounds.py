@@ -108,13 +108,19 @@ def choose_heads(self:PruneRequest, m, stats, goal, criterion) -> dict:
     return dict(heads=close)
 
 @patch
-def choose_both(self:PruneRequest, m, stats, goal) -> dict:
-    "Heads and channels in one choice."
+def priced_units(self:PruneRequest, m, stats) -> list: # `Units` of heads and of channels
+    "What closing each unit of both kinds does; the head that is worth most stays."
     channels = dict(worth=self.prices(stats, 'channels'))
     prices = dict(heads=self.head_prices(stats), channels=channels)
     kinds = self.units_now(m, prices)
     worth = kinds[0].worth
     _keep_one(kinds[0], stats['repaired'] if worth is None else worth)
+    return kinds
+
+@patch
+def choose_both(self:PruneRequest, m, stats, goal) -> dict:
+    "Heads and channels in one choice."
+    kinds = self.priced_units(m, stats)
     return dict(zip(self.kinds, choose_units(kinds, goal)))
 
 # %% ../nbs/03b_rounds.ipynb #c0058

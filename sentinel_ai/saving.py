@@ -22,6 +22,7 @@ from .config import (
     CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,
     extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
+from .sizes import FAMILY_FILE, save_family
 from .reading import SentinelForCausalLM
 
 # %% ../nbs/07a_saving.ipynb #d72f7ec9
@@ -49,7 +50,7 @@ def _survives(folder):
     "Which files of `folder` a save leaves: a function for `staged`."
     def keep(name, stage):
         if '/' in name: return True
-        if name in (MEMORY_FILE, HEADS_FILE): return False
+        if name in (MEMORY_FILE, HEADS_FILE, FAMILY_FILE): return False
         if name == 'README.md': return not _is_our_card(folder/name)
         kind = variant_of(name)
         if kind is None: return True
@@ -86,6 +87,8 @@ def _write(m, d, memory, checksum=True, **kwargs):
     save_removed(m, d/MEMORY_FILE)
     heads = m.sentinel.memory
     if heads is not None: heads.save(d/HEADS_FILE)
+    family = m.sentinel.family
+    if family is not None: save_family(family, d/FAMILY_FILE)
 
 def _upload(d, repo_id, token):
     from huggingface_hub import HfApi

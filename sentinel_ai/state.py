@@ -48,6 +48,7 @@ class State:
     grown: list = field(default_factory=list)  # Notes on new heads, oldest first
     memory: object = None         # An attached `UnitMemory`
     agency: object = None         # An attached `Agency`
+    family: object = None         # A `Family` of sizes
     link: object = None           # A `Link` to the optimiser whose moments move along
 
     def stashed(self, name:str) -> dict:
