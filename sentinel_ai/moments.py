@@ -86,21 +86,36 @@ def moments_bytes(
     return total
 
 # %% ../nbs/02a_moments.ipynb #c0021
+def _lora_part(outer):
+    "What plain LoRA adds, as the weight lies; None for all else."
+    is_lora = hasattr(outer, 'lora_variant') and hasattr(outer, 'get_delta_weight')
+    if not is_lora or outer.merged or outer.disable_adapters: return None
+    names = [name for name in outer.active_adapters if name in outer.lora_A]
+    biases = getattr(outer, 'lora_bias', {})
+    is_plain = lambda name: name not in outer.lora_variant and not biases.get(name)
+    if not names or not all(map(is_plain, names)): return None
+    return sum(outer.get_delta_weight(name) for name in names)
+
+def _asked(site):
+    "What an adapter adds to each input's row, by a unit matrix."
+    outer, weight = site.out, site.weight
+    one = torch.eye(site.n*site.width, dtype=weight.dtype, device=weight.device)
+    training = [x for x in outer.modules() if x.training]
+    try:
+        outer.eval()                      # no dropout
+        return outer.forward(one) - outer.base_layer(one)      # no gates
+    finally:
+        for x in training: x.training = True
+
+# %% ../nbs/02a_moments.ipynb #c001ed2c
 @torch.no_grad()
 def adapter_part(
     site, # A layer of heads or of channels
 ) -> Float[Tensor, 'k o']|None: # As `site.by_input`; None without an adapter
     "What adapters around a projection add to its weight."
     if site.blocks > 1 or not hasattr(site.out, 'base_layer'): return None
-    outer, weight = site.out, site.weight
-    one = torch.eye(site.n*site.width, dtype=weight.dtype, device=weight.device)
-    training = [x for x in outer.modules() if x.training]
-    try:
-        outer.eval()                      # no dropout
-        added = outer.forward(one) - outer.base_layer(one)      # no gates
-    finally:
-        for x in training: x.training = True
-    return wide(added)
+    added = _lora_part(site.out)
+    return wide(_asked(site) if added is None else site.by_input(added))
 
 def out_columns(
     site, # A layer of heads or of channels

@@ -2,6 +2,8 @@
 
 `pytest tests/test_regrow.py -k llama` runs one architecture.
 """
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -36,13 +38,18 @@ def same(model, sd):
     return all(torch.equal(now[k].cpu(), v.cpu()) for k, v in sd.items())
 
 
-def half(name, removed=True):
-    "A model with some heads gone and repaired, remembered."
+@functools.lru_cache(8)
+def halved(name, removed):
     model = build(name)
     HeadMemory().attach(adapt(model))
     prune(model, .4, CALIB, rounds=2, progress=False)
     if removed: compact(model)
     return model
+
+
+def half(name, removed=True):
+    "A model with some heads gone and repaired, remembered: a copy, with a memory of its own."
+    return copy.deepcopy(halved(name, removed))
 
 
 @pytest.mark.parametrize('name', ALL)

@@ -95,8 +95,10 @@ def test_resume_is_exact_at_every_checkpoint(name, tmp_path):
     assert len(want) == 12 and [e['open'] for e in told] == [8, 8, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7]
     assert [e['step'] for e in told if e['compacted']] == [5] and t.model.sentinel.compact
     moments = optimizer_state(t.optimizer, t.model)['state']
-    for k in range(1, 12):
-        again, cycle = make(name, tmp_path)
+    # the first resumed run of the first model writes all later checkpoints again, as it should find them
+    for k in range(1, 12) if name == ARCHS[0] else (1, 4, 5, 9):       # before, on and after the step that cuts heads out, and on a ramp
+        rewrites = k == 1 and name == ARCHS[0]
+        again, cycle = make(name, tmp_path, save_strategy='steps' if rewrites else 'no')
         again.train(resume_from_checkpoint=str(tmp_path/f'checkpoint-{k}'))
         assert curve(again) == want and story(cycle) == told, f'resumed at step {k}'
         got = again.model.state_dict()
