@@ -63,8 +63,9 @@ def move_repairs(
     for name, (old, new) in list(repairs.changed.items()):
         full = full_param(m, name)
         repairs.changed[name] = _moved_repair(was[name], full, old, new)
-    for (l, _), record in repairs.predictors.items():
+    for (l, h), record in list(repairs.predictors.items()):
         site = built.heads[l]
+        if h >= site.n_heads: del repairs.predictors[l, h]     # the head has gone
         record['T'] = fit_size(record['T'], 0, site.n_heads*site.head_dim)
     for l, batches in list(repairs.channels.items()):
         fitted = [_fit_batch(record, built.channels[l].n) for record in batches]

@@ -120,14 +120,14 @@ def _of_hub(folder, real):
     return blobs.name == 'blobs' and folder.is_relative_to(blobs.parent/'snapshots')
 
 def check_inside(
-    folder, # That is read
+    folder, # That is written to
     path, # A file in it
 ):
-    "Raise `ValueError` for a link that leads out of the folder."
+    "Raise `ValueError` for a link that leads out of the folder, other than those in the cache of the Hub."
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home) or _of_hub(home, real): return
     raise ValueError(
-        f'{path} leads out of its folder, to {real}; nothing outside is read. '
+        f'{path} leads out of its folder, to {real}; nothing outside is written. '
         'Copy the file into the folder if it belongs there')
 
 def inside(
@@ -140,9 +140,7 @@ def inside(
     is_below = bool(parts) and '..' not in parts and not Path(name).is_absolute() and '\\' not in name
     if not is_below: raise ValueError(
         f'{folder}: {name!r} is not the name of a file in this folder; nothing outside is read')
-    path = Path(folder)/name
-    check_inside(folder, path)
-    return path
+    return Path(folder)/name
 
 # %% ../nbs/000_foreign.ipynb #f0019
 LARGEST = 1 << 20   # heads or channels of a layer, layers, records: no file says more

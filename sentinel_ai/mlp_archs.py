@@ -6,8 +6,9 @@
 __all__ = ['MLP_NAMES', 'MLPS', 'register_mlp', 'read_mlp']
 
 # %% ../nbs/00_mlp_archs.ipynb #6d906d11
-import re
+import ast, functools, inspect, re, textwrap
 from dataclasses import replace
+from fastcore.basics import patch
 from torch import nn
 from sentinel_ai.heads import (
     UnsupportedArchitecture, core_linear, has_module, in_features,
@@ -88,26 +89,73 @@ def _projections(m, facts):
     return _numbered(m)
 
 # %% ../nbs/00_mlp_archs.ipynb #c0058
-def _is_norm_of_all(name, m, n, width):
+class _Flow(ast.NodeVisitor):
+    "What of `self` meets the channels, on their way from `ups` to `down`."
+    def __init__(self, ups, down):
+        self.ups, self.down = ups, down
+        self.names, self.met, self.seen = set(), set(), False
+
+    def visit_Assign(self, node):
+        is_read = self.reads(node.value)
+        change = self.names.update if is_read else self.names.difference_update
+        change(x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name))
+
+    def visit_AugAssign(self, node): self.visit_Assign(ast.Assign([node.target], ast.BinOp(node.target, node.op, node.value)))
+    def visit_Expr(self, node): self.reads(node.value)
+    def visit_Return(self, node): self.reads(node)
+
+def _own_name(node):
+    "The name of what is `self.name`."
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'self'
+    return node.attr if is_own else None
+
+@patch
+def reads(self:_Flow, node):
+    "Does an expression hold something of the channels?"
+    if isinstance(node, ast.Name): return node.id in self.names
+    called = _own_name(node.func) if isinstance(node, ast.Call) else None
+    inner = [x for x in ast.iter_child_nodes(node) if not (called and x is node.func)]
+    is_held = any([self.reads(x) for x in inner])
+    if called in self.ups: self.seen = True
+    if called in self.ups or called == self.down: return called != self.down
+    if is_held and called: self.met.add(called)
+    if is_held and isinstance(node, ast.BinOp): self.met.update(filter(None, map(_own_name, inner)))
+    return is_held
+
+# %% ../nbs/00_mlp_archs.ipynb #2be04b5f
+@functools.cache
+def _met(cls, ups, down):
+    "What of a class meets its channels; nothing if its code doesn't say."
+    try: code = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError, SyntaxError): return frozenset()
+    flow = _Flow(ups, down)
+    flow.visit(code)
+    return frozenset(flow.met if flow.seen else ())
+
+def _is_norm_of_all(name, m, n, width, met=()):
     "Is this child a norm over `n` channels, not over the stream's `width`?"
     if 'norm' not in type(m).__name__.lower(): return False
-    is_named = re.fullmatch(_BETWEEN, name) is not None
+    is_between = name in met or re.fullmatch(_BETWEEN, name) is not None
     weight = getattr(m, 'weight', None)
-    if weight is None: return is_named
-    return weight.shape == (n,) and (is_named or n != width)
+    if weight is None: return is_between
+    return weight.shape == (n,) and (is_between or n != width)
 
 # %% ../nbs/00_mlp_archs.ipynb #c0061
 def _entries(path, mlp, projections, n, width):
     "Parameters with an entry for each channel, and is there a norm over all?"
+    down, *ups = [name.partition('.')[0] for name in projections]
+    met = _met(type(mlp), frozenset(ups), down)
     norms = [name for name, m in mlp.named_children()
-             if _is_norm_of_all(name, m, n, width)]
+             if _is_norm_of_all(name, m, n, width, met)]
     elsewhere = tuple(f'{p}.' for p in projections)
     found = []
     for name, p in mlp.named_parameters():
         if name.startswith(elsewhere) or re.search('attn|attention', name): continue
-        in_norm = name.partition('.')[0] in norms
-        if p.shape == (n,) and (in_norm or n != width): found.append((name, 0))
-        elif n != width and {n, 2*n} & set(p.shape): _not_understood(path, mlp, name, p, n)
+        is_met = name.partition('.')[0] in (*norms, *met)
+        sizes = {n, 2*n} & set(p.shape)
+        if not sizes or sizes == {width} and not is_met: continue
+        if p.shape == (n,): found.append((name, 0))
+        else: _not_understood(path, mlp, name, p, n)
     return tuple(found), bool(norms)
 
 def _not_understood(path, mlp, name, p, n):

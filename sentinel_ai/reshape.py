@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM
-from .foreign import check_fields, check_inside, damaged, open_tensors
+from .foreign import check_fields, damaged, open_tensors
 from .trees import read_state
 from .folder import weight_files
 from .heads import base_model, core_linear, out_features
@@ -260,7 +260,6 @@ def _restore_observers(m, saved, files, folder, log):
     "Memory and agency, in the folder and log that this model had."
     heads = Path(files)/HEADS_FILE
     has_memory = folder is not None and heads.exists()
-    if has_memory: check_inside(files, heads)
     if has_memory: HeadMemory.load(heads, folder).attach(m)
     agency = saved.get('agency')
     if agency is not None: Agency.from_dict(agency, log).attach(m)

@@ -20,7 +20,7 @@ from .site import model_size
 from .shaping import shape_layer
 from .stash import renumber_back
 from .wiring import unwire_attention, wire_attention
-from .growth_channels import drop_channels
+from .growth_channels import drop_channels, notes_of_channels
 from .fit_repairs import fit_size, move_repairs, repaired_params
 
 # %% ../nbs/04c_shrink.ipynb #c0050
@@ -58,6 +58,44 @@ def _rejoin(m, note):
     if state.plan.keep[l, h] and gates[l, donor] != 0:
         ratio = gates[l, h]/gates[l, donor]
         _put(m, name, mine, old + new*ratio)
+
+# %% ../nbs/04c_shrink.ipynb #98277f24
+def _halves(m, note):
+    "Columns of donors and of what was split from them."
+    if 'channels' in note: return note['donors'], note['channels']
+    d = m.sentinel.built.heads[note['layer']].head_dim
+    def columns(head): return torch.arange(head*d, (head+1)*d, device='cpu')
+    return columns(note['donor']), columns(note['head'])
+
+def _joined(note, mine, its):
+    "Two halves as one; bit for bit what was split, if they are as they were then."
+    if 'after' not in note: return mine + its
+    was = (mine == note['after'].to(mine)) & (its == note['new'].to(its))
+    return torch.where(was, note['before'].to(mine), mine + its)
+
+@torch.no_grad()
+def _joined_before_repair(m, notes):
+    "`{name: (dim, columns of donors, values)}`, of projections that repair remembers."
+    repairs, stash, found = m.sentinel.repairs, m.sentinel.stash, {}
+    for note in reversed(notes):
+        name = note.get('name')
+        old, _ = repairs.changed.get(name, (None, None))
+        if old is None or name not in stash: continue
+        dim, donors, now = found.get(name, (stash[name]['dim'], [], old))
+        mine, its = (idx.to(now.device) for idx in _halves(m, note))
+        whole = _joined(note, now.index_select(dim, mine), now.index_select(dim, its))
+        found[name] = dim, donors + mine.tolist(), now.index_copy(dim, mine, whole)
+    return found
+
+def _remember_joined(m, found):
+    "Let repair remember donors with what they had split off."
+    changed = m.sentinel.repairs.changed
+    for name, (dim, donors, joined) in found.items():
+        old, new = changed[name]
+        n = old.shape[dim]
+        at = torch.tensor([c for c in sorted(set(donors)) if c < n], device=old.device)
+        whole = joined.narrow(dim, 0, n).index_select(dim, at)
+        changed[name] = old.index_copy(dim, at, whole.to(old)), new
 
 # %% ../nbs/04c_shrink.ipynb #c0057
 def _drop_layer(m, big, old, names, optimizer):
@@ -149,10 +187,13 @@ def ungrow(
     _check_ungrow(m, hm, native)
     check_ready(model, optimizer, 'ungrow')
     optimizer = linked_optimizer(m.sentinel, optimizer)
-    was = repaired_params(m)
+    was, notes = repaired_params(m), _notes(m, hm)
+    if m.sentinel.built.channels is not None: notes = [*notes, *notes_of_channels(m)]
+    joined = _joined_before_repair(m, notes)
     with transaction(m, optimizer):
         drop_channels(m, optimizer)
         native = replace(native, n_params=m.sentinel.built.heads.n_params)
         _drop(m, native, _notes(m, hm), optimizer)
         move_repairs(m, was)
+        _remember_joined(m, joined)
     return model

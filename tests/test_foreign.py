@@ -1,4 +1,5 @@
 """What a stranger's folder may not do: lead elsewhere, ask for code, ask for room, or be a little wrong and read all the same."""
+import copy
 import json
 import os
 import struct
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from sentinel_ai import HeadMemory, adapt, compact, io, prune, random_model, set_gates
+from sentinel_ai import HeadMemory, adapt, close_heads, compact, io, prune, random_model, set_gates, unprune
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
 from sentinel_ai.loaders import load_adaptive_model, load_baseline_model
 from sentinel_ai.plan import HeadPlan
@@ -80,31 +81,38 @@ def test_an_index_leads_nowhere_else(tmp_path):
     for load in (load_adaptive_model, AutoModelForCausalLM.from_pretrained): refused(lambda: load(tmp_path/'a'), 'outside')
 
 
-def test_links_lead_nowhere_else(tmp_path):
+def test_a_list_of_files_leads_nowhere_else(tmp_path):
     m = masked()
     m.save_pretrained(tmp_path/'other')
-    m.save_pretrained(tmp_path/'a')
-    (tmp_path/'a'/'model.safetensors').unlink()
-    os.symlink(tmp_path/'other'/'model.safetensors', tmp_path/'a'/'model.safetensors')
-    refused(lambda: load_adaptive_model(tmp_path/'a'), 'leads out')
     save_checkpoint(tmp_path/'c', m)
-    for name in ('sentinel_state.json', 'model.safetensors'):
-        os.rename(tmp_path/'c'/name, tmp_path/name)
-        os.symlink(tmp_path/name, tmp_path/'c'/name)
-        refused(lambda: load_checkpoint(tmp_path/'c', masked()), 'leads out')
-        os.remove(tmp_path/'c'/name)
-        os.rename(tmp_path/name, tmp_path/'c'/name)
     change(tmp_path/'c'/'sentinel_checkpoint.json', lambda d: d['files'].update({'../other/model.safetensors': dict(size=1, sha256='x')}))
     refused(lambda: load_checkpoint(tmp_path/'c', masked()), 'outside')
 
 
-def test_the_cache_of_the_hub_is_read(tmp_path):
-    "A snapshot there is nothing but links into the folder `blobs` beside it."
-    m, blobs, snapshot = masked(), tmp_path/'models--a'/'blobs', tmp_path/'models--a'/'snapshots'/'1'
-    m.save_pretrained(blobs)
+@pytest.mark.parametrize('shards', [False, True])
+@pytest.mark.parametrize('store', ['models--a/blobs', 'disk'])
+@pytest.mark.parametrize('alias', [False, True])
+def test_links_are_followed_to_read(alias, store, shards, tmp_path):
+    "A snapshot in the cache of the Hub is nothing but links; weights lie on another disk; a folder has a second name."
+    m, held, snapshot = masked(), tmp_path/store, tmp_path/'models--a'/'snapshots'/'1'
+    HeadMemory().attach(m)
+    close_heads(m, [(1, 1)], torch.arange(64).view(4, 16) + 3)
+    compact(m)
+    m.save_pretrained(held, **dict(max_shard_size='20KB') if shards else {})
+    save_checkpoint(held/'c', m)
     snapshot.mkdir(parents=True)
-    for file in blobs.iterdir(): os.symlink(f'../../blobs/{file.name}', snapshot/file.name)
-    assert torch.equal(load_adaptive_model(snapshot)(IDS).logits, m(IDS).logits)
+    (snapshot/'c').mkdir()
+    for file in held.rglob('*'):
+        if file.is_file(): os.symlink(file, snapshot/file.relative_to(held))
+    if alias:
+        os.symlink(snapshot, tmp_path/'alias')
+        snapshot = tmp_path/'alias'
+    back = load_adaptive_model(snapshot)
+    assert torch.equal(back(IDS).logits, m(IDS).logits) and list(back.sentinel.memory) == list(m.sentinel.memory)
+    assert torch.equal(unprune(back)(IDS).logits, unprune(copy.deepcopy(m))(IDS).logits)
+    other = random_model('llama')
+    load_checkpoint(snapshot/'c', other)
+    assert torch.equal(other(IDS).logits, m(IDS).logits)
 
 
 def test_a_memory_is_not_written_through_links(tmp_path):

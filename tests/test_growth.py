@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentinel_ai import UnsupportedArchitecture, adapt, gate_values, head_map, measure, prune, set_gates, unadapt, unprune
+from sentinel_ai import UnsupportedArchitecture, adapt, close_heads, gate_values, head_map, measure, prune, set_gates, unadapt, unprune
 from sentinel_ai.growth import flops_per_token, grow, init_small, strength, ungrow
 from sentinel_ai.heads import head_cost
 from sentinel_ai.testing import random_config, random_model
@@ -388,3 +388,28 @@ def test_repair_taken_back_after_growth(name):
     grow(model, heads=1, init='zero')
     unadapt(ungrow(unprune(model)))
     assert same_state(state(model), state(plain))
+
+
+@pytest.mark.parametrize('order', ['grow first', 'prune first', 'twice'])
+@pytest.mark.parametrize('kind', ['heads', 'channels'])
+@pytest.mark.parametrize('cut', [False, True])
+def test_a_half_that_was_pruned_returns_after_ungrow(cut, kind, order):
+    "Split, pruned with repair, `ungrow`, `unprune`: the model is what it was, whichever half was pruned."
+    text = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(1))
+    plain = random_model('llama')
+    for which in (0, 1):
+        model = adapt(copy.deepcopy(plain))
+        def shrink(): prune(model, **(dict(params=.9) if kind == 'channels' else dict(amount=1)), batches=text, rounds=1, progress=False)
+        if order == 'prune first': shrink()
+        for _ in range(1 + (order == 'twice')): grow(model, **{kind: 1}, init='split')
+        sites = model.sentinel.built.heads if kind == 'heads' else model.sentinel.built.channels
+        site = next(s for s in sites if s.donors)
+        pair = site.donors[0][0] if kind == 'heads' else site.donors[0], site.n - 1
+        if kind == 'heads': close_heads(model, [(site.layer, pair[which])], text)
+        else:
+            shrink()
+            set_gates(model, {(site.layer, model.sentinel.plan.channels.kept(site.layer).index(pair[which])): 0.}, kind)
+        if cut: compact(model)
+        unprune(ungrow(model))
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-5)
+        assert not [key for key in model.sentinel.repairs.predictors if key[1] >= 4]

@@ -29,12 +29,15 @@ NAMES = dict(heads='num_attention_heads n_head n_heads decoder_attention_heads e
 SIZES = {'one-head': dict(heads=1, kv=1), 'one-kv-head': dict(kv=1), 'wide-heads': dict(size=32), 'wider-heads': dict(size=48),
          'inner-is-hidden': dict(inner=32), 'odd': dict(heads=3, kv=3, hidden=24, size=8, inner=7),
          'one-channel': dict(inner=1), 'odd-one-kv-head': dict(heads=3, kv=1, hidden=24, size=8, inner=5),
-         'one-of-all': dict(heads=1, kv=1, size=32, inner=32, layers=1)}
+         'one-of-all': dict(heads=1, kv=1, size=32, inner=32, layers=1),
+         'two-channels-a-number': dict(inner=16), 'all-alike': dict(heads=4, kv=1, hidden=16, size=4, inner=16)}
 
 HYBRID = ('jamba', 'qwen3_next', 'recurrent_gemma', 'gpt_neo')      # their configs say what each layer is
 AGAIN = [('bitnet', 'one-kv-head'), ('bitnet', 'inner-is-hidden'), ('doge', 'wide-heads'), ('doge', 'odd'), ('diffllama', 'inner-is-hidden'),
          ('gemma3_text', 'one-kv-head'), ('qwen3', 'one-head'), ('olmo2', 'odd-one-kv-head'), ('llama', 'wider-heads'), ('gpt2', 'one-channel'),
-         ('falcon', 'odd'), ('gpt_bigcode', 'one-head'), ('phi3', 'one-of-all'), ('bloom', 'odd'), ('xglm', 'odd'), ('opt', 'inner-is-hidden')]
+         ('falcon', 'odd'), ('gpt_bigcode', 'one-head'), ('phi3', 'one-of-all'), ('bloom', 'odd'), ('xglm', 'odd'), ('opt', 'inner-is-hidden'),
+         ('opt', 'two-channels-a-number'), ('biogpt', 'two-channels-a-number'), ('llama', 'all-alike'), ('gpt_bigcode', 'all-alike'),
+         ('bitnet', 'all-alike'), ('doge', 'inner-is-hidden'), ('falcon', 'all-alike')]
 SOME = [(name, case) for i, name in enumerate(ALL) for j, case in enumerate(SIZES) if (i + j) % 4 == 0]
 if os.environ.get('SENTINEL_MATRIX') == 'whole': SOME = AGAIN = [(name, case) for name in [*ALL, 'doge'] for case in SIZES]
 
@@ -193,6 +196,35 @@ def test_a_layer_with_one_head_grows():
     grow(model, heads=1)
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(UnsupportedArchitecture, match='made of all heads'): grow(adapt(random_model('olmo2', **one)), heads=1)
+
+
+class Between(torch.nn.Module):
+    "An MLP with norms and factors whose names say nothing, over the stream and over the channels."
+    def __init__(self, hidden, inner):
+        super().__init__()
+        self.up_proj, self.down_proj = torch.nn.Linear(hidden, inner), torch.nn.Linear(inner, hidden)
+        self.a, self.b = torch.nn.LayerNorm(hidden), torch.nn.LayerNorm(inner)
+        self.c, self.d = (torch.nn.Parameter(torch.randn(n)) for n in (inner, hidden))
+
+    def forward(self, x):
+        y = self.b(self.up_proj(self.a(x)).relu())
+        y *= self.c
+        return self.down_proj(y)*self.d
+
+
+@pytest.mark.parametrize('inner', [8, 16, 32, 48])
+def test_norms_without_a_name(inner):
+    "As many channels as the stream has numbers, half as many, and others: what is about channels goes, what isn't stays."
+    model = random_model('llama')
+    for layer in model.model.layers: layer.mlp = Between(32, inner)
+    site = channel_map(model)[0]
+    assert sorted(name for name, _ in site.extras) == ['b.bias', 'b.weight', 'c'] and site.stay
+    closed = set_gates(adapt(model), {(0, 1): 0., (1, 2): 0.}, 'channels')
+    masked, want = logits(closed), {k: v.clone() for k, v in model.state_dict().items()}
+    compact(closed)
+    torch.testing.assert_close(logits(closed), masked)
+    expand(closed)
+    assert all(torch.equal(v, want[k]) for k, v in closed.state_dict().items())
 
 
 def test_models_that_read_both_ways():
