@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import nn, Tensor
-from .choose import closing_order
+from .choose import closed_cost, closing_order
 from .gates import adapt
 from .heads import base_model
 from .measure import enough_ridge, measure
@@ -115,6 +115,11 @@ def order_of(self:PruneRequest, m, stats, goal) -> list: # Pairs: kind, layer an
     units = self.priced_units(m, stats)
     return [(self.kinds[k], l, u) for k, l, u in closing_order(units, goal)]
 
+def _slack(request, m):
+    "What may be lost to multiples at the smallest size."
+    each = [site.cost(request.unit) for site in m.sentinel.now.channels]
+    return (request.multiple - 1)*sum(each)
+
 @patch
 def order_in_rounds(self:PruneRequest, m, goals) -> tuple: # Places by kind, and the first moments
     "The order over several rounds; the model is changed, and nothing is put back."
@@ -126,7 +131,8 @@ def order_in_rounds(self:PruneRequest, m, goals) -> tuple: # Places by kind, and
         moments = moments or {kind: stats.of_kind(kind).grams for kind in self.kinds}
         self.slope = 0.
         self.settle_slope(m, stats, self.choose_both(m, stats, goal))
-        order = self.order_of(m, stats, goal)
+        is_last = i == len(goals) - 1
+        order = self.order_of(m, stats, goal + (_slack(self, m) if is_last else 0))
         fresh = {kind: table.clone() for kind, table in place.items()}
         for step, (kind, l, u) in enumerate(order, steps): fresh[kind][l, u] = step
         multiples = dict(heads=1, channels=self.multiple)
@@ -136,7 +142,7 @@ def order_in_rounds(self:PruneRequest, m, goals) -> tuple: # Places by kind, and
             close[kind] = closed_until(table, exists, until, multiples[kind])
             place[kind] = torch.where(close[kind], table, NEVER)
         steps = until
-        if i < len(goals) - 1: self.apply(m, stats, close)
+        if not is_last: self.apply(m, stats, close)
     return place, moments
 
 # %% ../nbs/03c_elastic.ipynb #a023b103
@@ -184,6 +190,18 @@ def elastic(
 
 # %% ../nbs/03c_elastic.ipynb #ccce56c6
 @patch
+def check_least(self:PruneRequest, m, place):
+    "Raise `ValueError` if what must stay leaves the smallest size too large."
+    exists = {kind: ~getattr(m.sentinel.now, kind).table().isnan() for kind in self.kinds}
+    multiples = dict(heads=1, channels=self.multiple)
+    close = {kind: closed_until(t, exists[kind], NEVER, multiples[kind]) for kind, t in place.items()}
+    maps = {kind: getattr(m.sentinel.now, kind) for kind in self.kinds}
+    can = sum(map(closed_cost, self.units(self.unit, maps, close)))
+    least = 1 - can/m.sentinel.built.heads.n_params
+    check_allowed(can >= self.to_save - 1e-6, f'least={self.params:g} with min_heads={self.min_heads}, '
+                  f'min_channels={self.min_channels}', f'{least + .005:.2f} or more')
+
+@patch
 def family(self:PruneRequest, m, min_channels=None) -> Family:
     "The family of sizes down to the goal of this request."
     self.min_channels = self.multiple if min_channels is None else min_channels
@@ -195,6 +213,7 @@ def family(self:PruneRequest, m, min_channels=None) -> Family:
             place, moments = self.order_in_rounds(m, goals)
             trial.rollback()
     finally: m.sentinel.memory = memory
+    self.check_least(m, place)
     steps = 1 + max(int(t[t < NEVER].max()) for t in place.values() if (t < NEVER).any())
     tokens = sum(ids.numel() for ids, _, _ in self.batches)
     info = dict(criterion=str(self.criterion), rounds=n, tokens=tokens, least=float(self.params))
