@@ -117,6 +117,7 @@ def _checkpoint(path):
 
 # %% ../nbs/12d_cli_run.ipynb #c0183
 STEPS = 200
+_FILES = 'accelerator_config', 'deepspeed', 'fsdp_config'
 
 def _settle(args):
     "What is left open is decided, and what can't be used refused"
@@ -124,6 +125,10 @@ def _settle(args):
         args.num_train_epochs = 3.
         if args.max_steps < 0: args.max_steps = STEPS
     _check_numbers(args)
+    for name in _FILES:
+        given = getattr(args, name, None)
+        is_file = not isinstance(given, str) or given[:1] == '{' or Path(given).is_file()
+        need(args, is_file, name, 'the name of a file of JSON, or its text')
     args.given = args.output_dir
     args.resume_from_checkpoint = _checkpoint(args.resume_from_checkpoint)
     has_gpu = torch.accelerator.is_available()

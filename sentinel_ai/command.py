@@ -18,6 +18,11 @@ from .gates import adapt
 from .loaders import load_adaptive_model, load_baseline_model, load_tokenizer
 
 # %% ../nbs/12_command.ipynb #c0102
+def _said(e):
+    "An error as a sentence."
+    is_ours = isinstance(e, (ValueError, TypeError, ArithmeticError))
+    return str(e) if is_ours and str(e) else f'{type(e).__name__}: {e}'
+
 class Parser(HfArgumentParser):
     "`HfArgumentParser` with short errors, and no abbreviated options."
     def __init__(self, types, **kwargs):
@@ -37,9 +42,13 @@ class Parser(HfArgumentParser):
         argv:list|None=None, # Arguments; default those of the process
     ) -> tuple: # One object a dataclass, then a namespace if there is one
         "Parse, check, and end the process with code 2 when something is wrong."
+        for word in sys.argv[1:] if argv is None else argv:
+            option, _, value = word.partition('=')
+            if option.startswith('--') and value == '--': self.error(
+                f"{option} '--': allowed is a value; '--' stands for none")
         try: *res, rest = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False)
-        except (ValueError, TypeError, ArithmeticError) as e: self.error(str(e))
+        except Exception as e: self.error(_said(e))    # also what transformers finds out
         for option in rest: self.unknown(option)
         return res
 

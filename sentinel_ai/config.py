@@ -18,6 +18,7 @@ from .gates import is_merged
 from .adaptive import plain_class
 from .sentinel import GateConfig
 from .surgery import HeadPlan
+from .unet import check_skips
 
 # %% ../nbs/07a_config.ipynb #ac1c22dc
 _MAYBE_DICT = (dict, type(None))
@@ -38,6 +39,7 @@ def _check_code(base):
 def _check_claims(d):
     "Raise `ValueError` for fields that are of another kind."
     check_fields(d, 'config.json', **_KINDS)
+    check_skips(d['skips'])
     names = [*d['biases'], *(d['weights'] or {}).values()]
     odd = [x for x in names if not isinstance(x, str)]
     if odd: raise ValueError(f'config.json holds {str(odd[0])[:40]!r} where a name should be')

@@ -10,6 +10,7 @@ import os, torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from jaxtyping import Float, Int
+from .foreign import check_file, damaged
 
 # %% ../nbs/07c_deci.ipynb #c0072
 class Deci:
@@ -90,18 +91,23 @@ def read_deci(
     path:str|os.PathLike, # A file of architecture `deci`
 ) -> Deci:
     "The model in a file of architecture `deci`."
-    reader = gguf_package().GGUFReader(path)
-    data = {t.name: t.data for t in reader.tensors}
-    meta = {key.removeprefix('deci.'): field.contents()
-            for key, field in reader.fields.items() if key.startswith('deci.')}
+    check_file(path)
+    with damaged(path):
+        reader = gguf_package().GGUFReader(path)
+        data = {t.name: t.data for t in reader.tensors}
+        meta = {key.removeprefix('deci.'): field.contents()
+                for key, field in reader.fields.items() if key.startswith('deci.')}
     def get(name):
         if name not in data: return None
         return torch.from_numpy(data[name].copy()).float()
-    return Deci(get, meta)
+    with damaged(path): return Deci(get, meta)
 
 def gguf_logits(
     path:str|os.PathLike, # A file of architecture `deci`, in float16 or float32
     ids:Int[Tensor, ' t'], # Tokens
 ) -> Float[Tensor, 't v']:
     "What llama.cpp computes for a `deci` file, in PyTorch and float32."
-    return read_deci(path)(ids)
+    try:
+        with damaged(path): return read_deci(path)(ids)
+    except RuntimeError as e: raise ValueError(
+        f'{path} cannot be run: {str(e).splitlines()[0]}. The file is damaged, or not what it should be') from e

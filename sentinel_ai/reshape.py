@@ -27,7 +27,7 @@ from .stash import bare_name
 from .shaping import apply_plan
 from .config import HEADS_FILE, extra_biases
 from .removed import recall_removed
-from .unet import add_skips, remove_skips
+from .unet import add_skips, check_skips, remove_skips
 from .memory import HeadMemory
 from .agency import Agency
 from .run_state import Generators
@@ -87,6 +87,7 @@ _ADAPTIVE = dict(
 def _check_saved(saved):
     "Raise `ValueError` unless all is there that `model_state` writes, each of its kind."
     check_fields(saved, 'the model', **_SAVED)
+    check_skips(saved['skips'])
     if not saved['adaptive']: return
     check_fields(saved, 'the model', **_ADAPTIVE)
     check_fields(saved['gates'], 'the gates', dtype=str)

@@ -1,21 +1,23 @@
 """Whatever is typed, a command does it or ends with a sentence and code 2: no traceback, no endless work."""
 import io
 import json
+import os
 import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from sentinel_ai import command, texts
-from sentinel_ai.cli import CompatOptions, GenerateOptions, compat_cli, generate_cli, inspect_cli, train_cli
+from sentinel_ai import cli_compat, cli_generate, cli_inspect, cli_train, command, texts
+from sentinel_ai.cli import CompatOptions, GenerateOptions, InspectOptions, compat_cli, generate_cli, inspect_cli, train_cli
 from sentinel_ai.cli_train import _train_parser
 from sentinel_ai.command import Parser
 from sentinel_ai.data import load_text
 
 torch.set_num_threads(1)
+LONG = 'SENTINEL_COMMANDS' in os.environ          # all options, all values
 transformers.utils.logging.disable_progress_bar()
-NEVER = ['1e400', 'inf', '-inf', 'nan', '1e20', '99999999999999999999', 'x', '']
+NEVER = ['1e400', 'inf', '-inf', 'nan', '1e20', '99999999999999999999', 'x', '', ' ', '\u2603', '--']
 PARSERS = [(generate_cli, Parser(GenerateOptions, prog='x')), (compat_cli, Parser(CompatOptions, prog='x')), (train_cli, _train_parser('x'))]
 NUMBERS = [(main, a.option_strings[0]) for main, parser in PARSERS for a in parser._actions
            if a.type in (int, float) or getattr(a.type, '__name__', '') in ('int', 'float')]
@@ -87,6 +89,30 @@ def test_places_that_are_none(odd, capsys):
     for name in ('missing/x.png', 'folder.png'): assert name in refused(inspect_cli, ['random:llama', '--plot', str(odd/name)], capsys)
 
 
+ODD = ['', ' ', '--', '-', '\u2603', '\u202e', 'a'*5000, '{}', '[]', '{"a":', '~', '../..', '/dev/null', '/dev/full', '%s', '\n']
+REST = [(main, a.option_strings[0]) for main, parser in [*PARSERS, (inspect_cli, Parser(InspectOptions, prog='x'))] for a in parser._actions
+        if a.option_strings and (main, a.option_strings[0]) not in NUMBERS and a.dest != 'help']
+
+
+def test_all_other_options(monkeypatch, capsys, tmp_path):
+    "Every option that takes a text, a path or a word, with texts, paths and words that are none: refused in a sentence, or handed on."
+    class Reached(Exception): pass
+
+    def stop(*args, **kw): raise Reached
+    monkeypatch.chdir(tmp_path)
+    for module in (cli_generate, cli_inspect, cli_compat): monkeypatch.setattr(module, 'load', stop, raising=False)
+    monkeypatch.setattr(cli_train, '_prepare', stop)
+    for main, option in REST if LONG else REST[::3]:
+        for value in ODD if LONG else ODD[::2]:
+            argv = [f'{option}={value}']
+            try: code = main(['x', *argv] if main is generate_cli else ['random:llama', *argv] if main in (inspect_cli, compat_cli) else argv)
+            except Reached: code = 0
+            except SystemExit as e: code = e.code
+            said = capsys.readouterr().err
+            assert code in (0, 1) or code == 2 and said.strip() and 'Traceback' not in said, (option, value, said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_whole_disk(tmp_path, monkeypatch, capsys):
     for i in range(30): (tmp_path/f'{i}.txt').write_text('x')
     monkeypatch.setattr(texts, '_MOST_FILES', 20)
@@ -139,9 +165,9 @@ def test_weights_that_are_no_numbers(tmp_path, capsys):
     folder = str(tmp_path/'model')
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    for more in ([], ['--do_sample'], ['--num_beams', '2']):
+    for more in ([], ['--do_sample']):
         assert 'nothing to choose by' in refused(generate_cli, ['A class', '--model', folder, '--tokens', '3', *more], capsys)
-    for more in ([], ['--params', '.8'], ['--criterion', 'random']):
+    for more in ([], ['--params', '.8']):
         said = refused(train_cli, ['--model', folder, '--output_dir', str(tmp_path/'run'), '--max_steps', '2', '--block_size', '32', '--max_tokens', '999',
                                    '--held', '2', '--disable_tqdm', *more], capsys)
         assert 'batch 0' in said if '--params' in more else 'validation blocks is nan' in said

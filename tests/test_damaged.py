@@ -3,6 +3,7 @@
 `SENTINEL_DAMAGE=5000` damages each kind so many times (default 16); `SENTINEL_SEED=3` starts elsewhere.
 """
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -15,12 +16,13 @@ import warnings
 import pytest
 import torch
 import transformers
-from sentinel_ai import HeadMemory, adapt, compact, measure, prune, random_model, set_gates
+from sentinel_ai import HeadMemory, adapt, add_skips, compact, measure, prune, random_model, set_gates
 from sentinel_ai.agency import Agency
 from sentinel_ai.audit import read_log
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
 from sentinel_ai.controller import ThresholdController
 from sentinel_ai.decide import ANNController
+from sentinel_ai.export import export_gguf, gguf_logits
 from sentinel_ai.foreign import damaged, read_json
 from sentinel_ai.learning import GateCallback
 from sentinel_ai.loaders import load_adaptive_model
@@ -61,6 +63,15 @@ def optimizer_of(m):
 
 
 def write_folder(d): MODEL.save_pretrained(d)
+
+
+def write_skips(d):
+    add_skips(copy.deepcopy(MODEL), 2).save_pretrained(d)
+
+
+def write_gguf(d):
+    d.mkdir()
+    export_gguf(copy.deepcopy(PLAIN), d/'m.gguf', False, 'f32')
 def write_sharded(d): MODEL.save_pretrained(d, max_shard_size='20KB')
 
 
@@ -114,6 +125,9 @@ def write_pth(d):
 # --- how it is read; each gives what was read, and the models that must not change when it isn't ---
 
 def read_folder(d): load_adaptive_model(d)
+def read_gguf(d): gguf_logits(d/'m.gguf', IDS[0])
+
+
 def read_unsealed(d): load_adaptive_model(d, verify=False)
 
 
@@ -199,7 +213,8 @@ KINDS = {
     'checkpoint, unverified': (write_checkpoint, read_unverified), 'checkpoint, resealed': (write_checkpoint, read_resealed),
     'memory': (write_memory, read_memory), 'memory, unverified': (write_memory, read_memory_unsealed), 'stats': (write_stats, read_stats),
     'plan': (write_plan, read_plan), 'agency': (write_agency, read_agency), 'controller': (write_controller, read_controller),
-    'record': (write_record, read_record), 'pth': (write_pth, read_pth)}
+    'record': (write_record, read_record), 'pth': (write_pth, read_pth), 'skips': (write_skips, read_folder)}
+if importlib.util.find_spec('gguf'): KINDS['gguf'] = write_gguf, read_gguf
 
 
 # --- damage ---
@@ -240,6 +255,15 @@ def change_tree(tree, rng):
     return tree
 
 
+def twice(text, rng):
+    "JSON in which a key is there a second time, with another value."
+    at = [i for i, c in enumerate(text) if c == '{' and text[i+1:i+2] == '"']
+    if not at: return text
+    i = rng.choice(at)
+    key = text[i+1:text.index('"', i + 2) + 1]
+    return f'{text[:i+1]}{key}: {json.dumps(rng.choice(VALUES))}, {text[i+1:]}'
+
+
 def change_bytes(data, rng):
     how = rng.choice(['cut', 'flip', 'flip', 'zeros', 'tail', 'nothing', 'noise', 'nested', 'mark'])
     i = rng.randint(0, max(0, len(data) - 1))
@@ -272,11 +296,12 @@ def damage(folder, rng):
     files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'README.md')
     file = rng.choice(files)
     data = file.read_bytes()
-    how = rng.choice(['bytes', 'inside', 'inside', 'inside', 'gone'])
+    how = rng.choice(['bytes', 'inside', 'inside', 'inside', 'gone', 'twice'])
     if how == 'gone':
         file.unlink()
         if rng.random() < .5: file.mkdir()
     elif how == 'inside' and file.suffix == '.json': file.write_text(json.dumps(change_tree(json.loads(data), rng)))
+    elif how == 'twice' and file.suffix == '.json': file.write_text(twice(data.decode(), rng))
     elif how == 'inside' and file.suffix == '.safetensors': file.write_bytes(change_header(data, rng))
     else: file.write_bytes(change_bytes(data, rng))
     return f'{how} {file.name}'
