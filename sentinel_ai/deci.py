@@ -110,4 +110,5 @@ def gguf_logits(
     try:
         with damaged(path): return read_deci(path)(ids)
     except RuntimeError as e: raise ValueError(
-        f'{path} cannot be run: {str(e).splitlines()[0]}. The file is damaged, or not what it should be') from e
+        f'{path} cannot be run: {str(e).splitlines()[0]}. '
+        'The file is damaged, or not what it should be') from e

@@ -100,7 +100,10 @@ class _Flow(ast.NodeVisitor):
         change = self.names.update if is_read else self.names.difference_update
         change(x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name))
 
-    def visit_AugAssign(self, node): self.visit_Assign(ast.Assign([node.target], ast.BinOp(node.target, node.op, node.value)))
+    def visit_AugAssign(self, node):
+        both = ast.BinOp(node.target, node.op, node.value)
+        self.visit_Assign(ast.Assign([node.target], both))
+
     def visit_Expr(self, node): self.reads(node.value)
     def visit_Return(self, node): self.reads(node)
 
@@ -109,6 +112,7 @@ def _own_name(node):
     is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'self'
     return node.attr if is_own else None
 
+# %% ../nbs/00_mlp_archs.ipynb #ee5c0532
 @patch
 def reads(self:_Flow, node):
     "Does an expression hold something of the channels?"
@@ -119,7 +123,8 @@ def reads(self:_Flow, node):
     if called in self.ups: self.seen = True
     if called in self.ups or called == self.down: return called != self.down
     if is_held and called: self.met.add(called)
-    if is_held and isinstance(node, ast.BinOp): self.met.update(filter(None, map(_own_name, inner)))
+    if is_held and isinstance(node, ast.BinOp):
+        self.met.update(filter(None, map(_own_name, inner)))
     return is_held
 
 # %% ../nbs/00_mlp_archs.ipynb #2be04b5f
