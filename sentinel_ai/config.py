@@ -45,13 +45,14 @@ def _check_claims(d):
     if odd: raise ValueError(f'config.json holds {str(odd[0])[:40]!r} where a name should be')
     _check_code(d['base'])
 
-# %% ../nbs/07a_config.ipynb #c0005
+# %% ../nbs/07a_config.ipynb #0154eb8d
 FORMAT = 1
 
 MEMORY_FILE = 'sentinel_memory.safetensors'       # what surgery and repair keep
 
 HEADS_FILE = 'sentinel_heads.safetensors'         # an attached `HeadMemory`
 
+# %% ../nbs/07a_config.ipynb #c0005
 class SentinelConfig(PreTrainedConfig):
     "The base architecture's config, and what was done to the model."
     model_type = 'sentinel'

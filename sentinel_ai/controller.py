@@ -31,6 +31,18 @@ _all_ = ['SHAPES', 'Schedule', 'cubic', 'cosine', 'constant', 'rigl_decay',
          'LOGS', 'FEATURES', 'Context', 'heads_in', 'features',
          'ANNController', 'shift_to', 'Contributions']
 
+# %% ../nbs/06_controller.ipynb #00702694
+def _check_thresholds(steps, numbers, rates, quantiles):
+    "Raise for a length, a number, rates or quantiles that make no sense."
+    check_value(is_finite(steps, 1), f'steps={steps!r}', '1 or more')
+    for name, value in numbers.items():
+        ok = is_finite(value) or value is None and name in ('entropy', 'gradient')
+        check_value(ok, f'{name}={value!r}', 'a finite number')
+    ok = rates is None or len(tuple(rates)) == 2 and all(map(is_finite, rates))
+    check_value(ok, f'rates={rates!r}', 'None or two finite numbers')
+    ok = len(quantiles) == 2 and all(0 <= q <= 1 for q in quantiles)
+    check_value(ok, f'quantiles={quantiles!r}', 'two numbers from 0 to 1')
+
 # %% ../nbs/06_controller.ipynb #c0009
 class ThresholdController(Policy):
     "Logits that fall for high entropy and small gradients."
@@ -50,15 +62,8 @@ class ThresholdController(Policy):
         init:float=3., # First logit
         **rules, # `min_heads`, `protect`, `hysteresis`, `exchange`
     ):
-        check_value(is_finite(steps, 1), f'steps={steps!r}', '1 or more')
         numbers = dict(entropy=entropy, gradient=gradient, floor=floor, l1=l1, init=init)
-        for name, value in numbers.items():
-            ok = is_finite(value) or value is None and name in ('entropy', 'gradient')
-            check_value(ok, f'{name}={value!r}', 'a finite number')
-        ok = rates is None or len(tuple(rates)) == 2 and all(map(is_finite, rates))
-        check_value(ok, f'rates={rates!r}', 'None or two finite numbers')
-        ok = len(quantiles) == 2 and all(0 <= q <= 1 for q in quantiles)
-        check_value(ok, f'quantiles={quantiles!r}', 'two numbers from 0 to 1')
+        _check_thresholds(steps, numbers, rates, quantiles)
         self.rules(schedule, **rules)
         self.entropy, self.gradient, self.quantiles = entropy, gradient, quantiles
         self.tables, self.floor, self.up = tables, floor, up

@@ -64,6 +64,7 @@ def _add_units(model, config):
     adapt(model, gates)
     if config.skips is not None: add_skips(model, **config.skips)
 
+# %% ../nbs/07a_reading.ipynb #ff843e0c
 def _shaped(config, path='', files=lambda: ()):
     "A subclass of the base class that is built in the plan's shape. `files`: those of its weights."
     base = _base_type(config)

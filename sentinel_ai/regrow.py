@@ -69,6 +69,7 @@ def _is_gated(m, heads, init):
     are_there = is_bare and all(local_head(m, *key) is not None for key in heads)
     return are_there and all(_as_remembered(m, key) for key in heads)
 
+# %% ../nbs/04b_regrow.ipynb #6bc142b3
 def _check_heads(model, heads, init, warmup, optimizer):
     "Raise before anything is changed."
     m = base_model(model)

@@ -102,9 +102,9 @@ def check_joint(self:PruneRequest):
 
 # %% ../nbs/03b_request.ipynb #c0032
 @patch
-def check_values(self:PruneRequest, heads):
-    "Raise for an option that isn't allowed."
-    c, least = self.criterion, min(s.n_heads for s in heads)
+def check_names(self:PruneRequest):
+    "Raise for a criterion, a scope or a repair that there isn't."
+    c = self.criterion
     is_name = callable(c) or c in (*CRITERIA, 'joint', 'auto')
     names = f"one of {('joint', 'auto', *CRITERIA)} or a function"
     check_allowed(is_name, f'criterion={c!r}', names)
@@ -112,8 +112,16 @@ def check_values(self:PruneRequest, heads):
     check_allowed(is_scope, f'scope={self.scope!r}', "'global' or 'layer'")
     can_scope = not is_even or self.amount is not None
     check_allowed(can_scope, "scope='layer' with a budget", 'amount= with it')
-    r, n, kind = self.rounds, self.min_heads, self.repair
+    kind = self.repair
     check_allowed(kind in REPAIRS, f'repair={kind!r}', f'one of {REPAIRS}')
+
+# %% ../nbs/03b_request.ipynb #66a35199
+@patch
+def check_values(self:PruneRequest, heads):
+    "Raise for an option that isn't allowed."
+    self.check_names()
+    least = min(s.n_heads for s in heads)
+    r, n = self.rounds, self.min_heads
     is_count = r is None or isinstance(r, int) and r >= 1
     check_allowed(is_count, f'rounds={r!r}', 'None or a whole number of 1 or more')
     is_least = isinstance(n, int) and 0 <= n <= least
