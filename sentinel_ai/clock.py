@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'LEAST_RATE', 'phase_calls', 'paired_ratio', 'time_ratios', 'light_copy', 'compact_copy', 'Level',
-           'shaped_copy', 'timed_level', 'time_table', 'rates_of', 'latency', 'heads_for_ms']
+           'shaped_copy', 'timed_level', 'time_table', 'rates_of', 'latency', 'timed_copy', 'heads_for_ms']
 
 # %% ../nbs/03b_clock.ipynb #9d70fce0
 import copy, statistics, time, torch
@@ -196,12 +196,18 @@ def latency(
     return statistics.median(times[1:])
 
 # %% ../nbs/03b_clock.ipynb #eb8f1682
-def _timed_copy(m, close, ids):
-    "Time of a copy without the heads in `close`."
+def timed_copy(
+    m:nn.Module, # The adapted model
+    close:Tensor, # True for the heads to leave out, `[l, h]`
+    ids:Tensor, # Token ids `[b, t]`
+) -> float: # Milliseconds
+    "Time of a copy without these heads."
     twin = light_copy(m)
     set_gates(twin, torch.where(close, 0., gate_values(twin)))
     return latency(compact_copy(twin), ids)
 
+
+# %% ../nbs/03b_clock.ipynb #315b5887
 def heads_for_ms(
     m:nn.Module, # The adapted model
     ms:float, # Milliseconds that a forward pass may take
@@ -212,15 +218,15 @@ def heads_for_ms(
     "The least number of heads to prune for a forward pass within `ms`; 0 if it is within it."
     heads = need_state(m).now.heads
     enough, short = heads.n_heads - 1, 0
-    if _timed_copy(m, plan_for(0), ids) <= ms: return 0
-    best = _timed_copy(m, plan_for(enough), ids)
+    if timed_copy(m, plan_for(0), ids) <= ms: return 0
+    best = timed_copy(m, plan_for(enough), ids)
     if best > ms: raise ValueError(
         f'ms={ms:g}: without any head a forward pass of {tuple(ids.shape)} '
         f'tokens still takes {best:.1f} ms on {m.device}')
     for _ in range(tries):
         if enough - short <= 1: break
         middle = (short + enough)//2
-        is_fast = _timed_copy(m, plan_for(middle), ids) <= ms
+        is_fast = timed_copy(m, plan_for(middle), ids) <= ms
         if is_fast: enough = middle
         else: short = middle
     return enough

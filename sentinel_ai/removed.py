@@ -15,7 +15,7 @@ from .state import RepairLog
 from .stash import bare_name, full_param
 from .repair import settle_names
 from .memory import HeadMemory
-from .sizes import FAMILY_FILE, read_family
+from .family_file import FAMILY_FILE, read_family
 from .config import FORMAT, HEADS_FILE, MEMORY_FILE
 
 # %% ../nbs/07a_removed.ipynb #c0034

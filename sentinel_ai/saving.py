@@ -22,7 +22,7 @@ from .config import (
     CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,
     extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
-from .sizes import FAMILY_FILE, save_family
+from .family_file import FAMILY_FILE, save_family
 from .reading import SentinelForCausalLM
 
 # %% ../nbs/07a_saving.ipynb #d72f7ec9

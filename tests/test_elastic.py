@@ -10,7 +10,8 @@ from sentinel_ai import (HeadMemory, UnsupportedArchitecture, elastic, gate_valu
 from sentinel_ai.data import lm_dataset
 from sentinel_ai.elastic import NEVER
 from sentinel_ai.io import write_tensors
-from sentinel_ai.sizes import FAMILY_FILE, family_of, read_family, save_family
+from sentinel_ai.family_file import FAMILY_FILE, read_family, save_family
+from sentinel_ai.sizes import family_of
 from sentinel_ai.site import model_size
 from sentinel_ai.surgery import HeadPlan, expand
 from test_matrix import EXPERTS, LISTED_ALL, SAYS_LAYOUT, VARIANTS
@@ -175,7 +176,7 @@ def test_a_family_that_fits_no_more():
     from sentinel_ai import grow
     m = family_model()
     grow(m, heads={0: 1})
-    if gate_values(m).shape == m.sentinel.family.place['heads'].shape: pytest.skip('growth that changes no table')
+    if gate_values(m).shape == m.sentinel.family.places.tables['heads'].shape: pytest.skip('growth that changes no table')
     with pytest.raises(ValueError, match='another family'): resize(m, params=.95)
 
 
@@ -237,11 +238,11 @@ def test_a_folder_without_its_memory(tmp_path):
 def test_order_is_nested_and_in_multiples():
     m = family_model(least=.7, multiple=4)
     family, last = m.sentinel.family, None
-    for step in range(0, family.steps + 1, max(1, family.steps//25)):
-        closed = family.closed(m.sentinel.built, step)
+    for step in range(0, family.places.steps + 1, max(1, family.places.steps//25)):
+        closed = family.places.closed(step)
         if last is not None:
             for kind in closed: assert not (last[kind] & ~closed[kind]).any()
         kept = [int(s.n - closed['channels'][s.layer].sum()) for s in m.sentinel.built.channels]
         assert all(k % 4 == 0 for k in kept) and all((~closed['heads']).any(1))
         last = closed
-    assert (family.place['heads'] == NEVER).any(1).all()
+    assert (family.places.tables['heads'] == NEVER).any(1).all()
