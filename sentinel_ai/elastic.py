@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import nn, Tensor
-from .choose import closed_cost, closing_order
+from .choose import closing_order, reachable_cost
 from .gates import adapt
 from .heads import base_model
 from .measure import enough_ridge, measure
@@ -184,16 +184,6 @@ def factors(self:PruneRequest, m, places, moments) -> dict: # Kind and layer to 
             found[kind, site.layer] = part
     return found
 
-@patch
-def check_least(self:PruneRequest, m, places):
-    "Raise `ValueError` if what must stay leaves the smallest size too large."
-    maps = {kind: getattr(m.sentinel.now, kind) for kind in self.kinds}
-    units = self.units(self.unit, maps, places.closed(places.steps))
-    can = sum(map(closed_cost, units))
-    least = 1 - can/m.sentinel.built.heads.n_params
-    what = f'least={self.params:g} with min_heads={self.min_heads}, min_channels={self.min_channels}'
-    check_allowed(can >= self.to_save - 1e-6, what, f'{least + .005:.2f} or more')
-
 # %% ../nbs/03c_elastic.ipynb #3f58e8f6
 @patch
 def family(self:PruneRequest, m) -> Family:
@@ -206,7 +196,6 @@ def family(self:PruneRequest, m) -> Family:
             places, moments = self.order_in_rounds(m, goals)
             trial.rollback()
     finally: m.sentinel.memory = memory
-    self.check_least(m, places)
     tokens = sum(ids.numel() for ids, _, _ in self.batches)
     name = self.criterion if isinstance(self.criterion, str) else 'function'
     info = dict(criterion=name, rounds=n, tokens=tokens, least=float(self.params))
@@ -223,6 +212,17 @@ def check_whole_model(
     check_allowed(is_whole, 'elastic(model) of a model that is pruned, or whose gates are not 1',
                   'a whole one; unprune(model) makes it so')
 
+@patch
+def check_least(self:PruneRequest, m):
+    "Raise `ValueError` if what must stay leaves the smallest size too large."
+    maps = {kind: getattr(m.sentinel.now, kind) for kind in self.kinds}
+    none = {kind: torch.zeros(found.shape).bool() for kind, found in maps.items()}
+    can = reachable_cost(self.units(self.unit, maps, none))
+    least = 1 - can/m.sentinel.built.heads.n_params
+    what = f'least={self.params:g} with min_heads={self.min_heads}, min_channels={self.min_channels}'
+    check_allowed(can >= self.to_save, what, f'{least + .01:.2f} or more')
+
+# %% ../nbs/03c_elastic.ipynb #9185d313
 def elastic(
     model:nn.Module, # Any decoder; it is adapted if it isn't
     batches, # Calibration text, as for `prune`
@@ -242,5 +242,6 @@ def elastic(
                            kinds=('heads', 'channels'), min_heads=min_heads, **options)
     request.resolve(m)
     request.min_channels = request.multiple if min_channels is None else min_channels
+    request.check_least(m)
     m.sentinel.family = request.family(m)
     return m.sentinel.family

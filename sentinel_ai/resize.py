@@ -9,6 +9,7 @@ __all__ = ['UNITS', 'HEAD_UNITS', 'check_keep', 'head_cost']
 import torch
 from dataclasses import replace
 from functools import partial
+from torch import Tensor
 from fastcore.basics import patch
 from .site import AttnSite, UnsupportedArchitecture, unit_rows
 from .site import core_linear, core_name, in_dim, out_features, param_at
@@ -63,11 +64,11 @@ def check_keep(
     keep, # Units that are kept, in order
 ) -> list:
     "The units as a list. Raises `ValueError` for what isn't there."
-    keep = [int(unit) for unit in keep]
-    bad = [unit for unit in keep if not 0 <= unit < site.n]
-    if bad: raise ValueError(
+    keep = keep.tolist() if isinstance(keep, Tensor) else [*map(int, keep)]
+    is_inside = not keep or 0 <= min(keep) and max(keep) < site.n      # there may be tens of thousands
+    if not is_inside: raise ValueError(
         f'layer {site.layer} has {site.kind} 0 to {site.n-1}; '
-        f'it cannot keep {bad[0]}')
+        f'it cannot keep {next(unit for unit in keep if not 0 <= unit < site.n)}')
     unit = site.kind.removesuffix('s')
     if len(set(keep)) < len(keep): raise ValueError(
         f'layer {site.layer}: a {unit} is named twice in keep')

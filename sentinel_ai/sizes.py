@@ -9,6 +9,7 @@ __all__ = ['LONGEST', 'bias_numbers', 'sized_copy', 'step_in_time', 'family_of',
 # %% ../nbs/03d_sizes.ipynb #faa55aaf
 import math, torch
 from bisect import bisect_left
+from dataclasses import replace
 from fastcore.basics import patch
 from torch import nn
 from .choose import closed_cost, units_of
@@ -42,15 +43,22 @@ def bias_numbers(
 def units(self:Family,
     found, # Sites of the whole model
     unit:str, # Of the budget
-    context:int, # For 'flops'
-    step:int, # Whose units are closed
-) -> list:
-    "`Units` of each kind at a step; their prices are of no use."
+    context:int=512, # For 'flops'
+) -> dict: # Kind to `Units`, all open
+    "What each unit costs; prices are of no use here."
+    def of(kind, exists):
+        none = torch.zeros_like(exists)
+        return units_of(getattr(found, kind), none, unit, context, worth=none.float())
+    return {kind: of(kind, exists) for kind, exists in self.places.exists.items()}
+
+@patch
+def saved(self:Family,
+    units:dict, # What `units` gave
+    step:int, # Of the order
+) -> float: # In the budget's unit
+    "What is saved at a step."
     closed = self.places.closed(step)
-    def of(kind, table):
-        free = torch.zeros(table.shape)
-        return units_of(getattr(found, kind), table, unit, context, worth=free)
-    return [of(*pair) for pair in closed.items()]
+    return sum(closed_cost(replace(units[kind], closed=table)) for kind, table in closed.items())
 
 # %% ../nbs/03d_sizes.ipynb #c6d6b5de
 @patch
@@ -60,13 +68,13 @@ def step_for(self:Family,
     idle:float=0., # As for `Target.goal`
 ) -> int: # 0 for the whole model
     "The first step within a budget. Raises `ValueError` if none is."
-    def units_at(step, unit): return self.units(found, unit, target.context, step)
-    unit, goal = target.goal(found.heads, lambda unit: units_at(0, unit), idle)
-    each = dict(params=1, flops=2).get(unit, 0)
+    def units_in(unit): return [*self.units(found, unit, target.context).values()]
+    unit, goal = target.goal(found.heads, units_in, idle)
     if goal == 0: return 0
+    each = dict(params=1, flops=2).get(unit, 0)
     goal += each*bias_numbers(self, found)
-    def saves(step): return sum(map(closed_cost, units_at(step, unit)))
-    last = self.places.steps
+    units, last = self.units(found, unit, target.context), self.places.steps
+    def saves(step): return self.saved(units, step)
     most, (name, value) = saves(last), target.given()
     check_allowed(goal <= most + 1e-6, f'{name}={value!r}, which saves {goal:,.0f} {unit}',
                   f'up to {most:,.0f} with this family; make one with a lower least=')
