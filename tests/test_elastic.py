@@ -246,3 +246,19 @@ def test_order_is_nested_and_in_multiples():
         assert all(k % 4 == 0 for k in kept) and all((~closed['heads']).any(1))
         last = closed
     assert (family.places.tables['heads'] == NEVER).any(1).all()
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'bloom', 'mixtral'])
+def test_a_budget_of_time(name, monkeypatch):
+    "On the real clock whatever comes out is whole; with a stand-in the step is the one that was asked for."
+    import sentinel_ai.sizes as sizes
+    m = family_model(name)
+    whole = model_size(m)
+    monkeypatch.setattr(sizes, 'time_ratios', lambda a, b, ids: dict(prefill=model_size(b)/model_size(a), decode=.5))
+    resize(m, ms=.95)
+    assert .9*whole < model_size(m) <= .96*whole          # biases are not counted by the clock
+    with pytest.raises(ValueError, match='smallest size'): resize(m, ms=.2)
+    monkeypatch.undo()
+    held = weights(m)
+    try: resize(m, ms=1., context=10**6)                   # no more positions than the model has
+    except ValueError: assert same(weights(m), held)
