@@ -181,12 +181,14 @@ def elastic(
     "Order a model's units once, so that `resize` can give it any size. The model is as before."
     check_allowed(0 < least < 1, f'least={least!r}', 'a share of the parameters between 0 and 1')
     check_allowed(min_heads >= 1, f'min_heads={min_heads!r}', '1 or more in each layer')
-    m = base_model(adapt(model))
-    _check_whole(m)
+    m = base_model(model)
     request = PruneRequest(params=float(least), batches=batches, rounds=rounds,
                            kinds=('heads', 'channels'), min_heads=min_heads, **options)
-    request.resolve(m)
-    return request.family(m, min_channels)
+    with transaction(m):
+        adapt(m)
+        _check_whole(m)
+        request.resolve(m)
+        return request.family(m, min_channels)
 
 # %% ../nbs/03c_elastic.ipynb #ccce56c6
 @patch

@@ -22,7 +22,7 @@ from .config import (
     CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,
     extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
-from .sizes import FAMILY_FILE, save_family
+from .sizes import FAMILY_FILE, misfit, save_family
 from .reading import SentinelForCausalLM
 
 # %% ../nbs/07a_saving.ipynb #d72f7ec9
@@ -88,7 +88,7 @@ def _write(m, d, memory, checksum=True, **kwargs):
     heads = m.sentinel.memory
     if heads is not None: heads.save(d/HEADS_FILE)
     family = m.sentinel.family
-    if family is not None: save_family(family, d/FAMILY_FILE)
+    if family is not None and not misfit(family, m.sentinel.built): save_family(family, d/FAMILY_FILE)
 
 def _upload(d, repo_id, token):
     from huggingface_hub import HfApi
