@@ -398,6 +398,7 @@ class Edits(RuleBasedStateMachine):
         assert not differences(*plans), differences(*plans)
         self.same_family(self.saved_family(), back.sentinel.family)
         self.family = back.sentinel.family
+        self.trained = self.trained or is_merged(self.model)         # a plain model was saved, with the gates in its weights
         self.model, self.agency, self.ramp = back.eval(), back.sentinel.agency, None
         self.memory = back.sentinel.memory
         self.optimizer = torch.optim.AdamW([p for p in back.parameters() if p.requires_grad], 1e-2)

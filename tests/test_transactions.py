@@ -22,7 +22,7 @@ from test_matrix import build  # noqa: E402
 from sentinel_ai import (Agency, GateConfig, HeadMemory, HeadPlan, adapt, add_skips, close_heads, compact,  # noqa: E402
                          elastic, expand, grow, harden_gates, load_checkpoint, measure, merge_gates, prune, regrow,
                          remove_skips, resize, restore, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
-from sentinel_ai import clock, sizes, timed  # noqa: E402
+from sentinel_ai import clock, sizes, timed, trials  # noqa: E402
 from sentinel_ai.controller import ANNController, ElasticBudget, Policy, ReinforceController, ThresholdController  # noqa: E402
 from sentinel_ai.cycle import Plasticity  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
@@ -173,13 +173,6 @@ def sized(name, path, least=.85, size=None, **kw):
     return scene
 
 
-def heard(scene):
-    "With an agency that has nothing to say yet."
-    scene.agency = Agency(log=scene.path/'log.jsonl')
-    scene.agency.attach(scene.model)
-    return scene
-
-
 @contextmanager
 def by_size():
     "A clock that counts parameters."
@@ -190,6 +183,11 @@ def by_size():
     clocks = dict(time_ratios=ratios, latency=latency)
     with (mock.patch.multiple(clock, **clocks), mock.patch.multiple(timed, **clocks),
           mock.patch.object(sizes, 'time_ratios', ratios)): yield
+
+
+def with_trials(f, *args, **kwargs):
+    "Layers are tried although there are few of them, and little text."
+    with mock.patch.multiple(trials, LEAST_TEXT=1, FEWEST_TRIALS=2): return f(*args, **kwargs)
 
 
 def in_time(f, *args, **kwargs):
@@ -309,6 +307,7 @@ EDITS = {
                                             progress=False)),
     'prune-ms-heads': (lambda n, p: trained(n, p, agency=True), lambda s: in_time(
         prune, s.model, ms=.95, batches=CALIB, criterion='wanda', kinds='heads', rounds=1, optimizer=s.optimizer, progress=False)),
+    'prune-trials': (trained, lambda s: with_trials(prune, s.model, params=.8, batches=CALIB, rounds=1, optimizer=s.optimizer, progress=False)),
     'elastic': (trained, lambda s: elastic(s.model, CALIB, .85, rounds=2, progress=False)),
     'elastic-agency': (lambda n, p: trained(n, p, agency=True), lambda s: elastic(s.model, CALIB, .95, rounds=1, progress=False)),
     'elastic-again': (sized, lambda s: elastic(s.model, CALIB, .95, rounds=1, progress=False)),
@@ -316,7 +315,7 @@ EDITS = {
     'resize': (sized, lambda s: resize(s.model, params=.9, optimizer=s.optimizer)),
     'resize-again': (lambda n, p: sized(n, p, size=.9), lambda s: resize(s.model, params=.95, optimizer=s.optimizer)),
     'resize-whole': (lambda n, p: sized(n, p, size=.9), lambda s: resize(s.model, params=1., optimizer=s.optimizer)),
-    'resize-ms': (lambda n, p: heard(sized(n, p, size=.9)), lambda s: in_time(resize, s.model, ms=.95, optimizer=s.optimizer)),
+    'resize-ms': (lambda n, p: sized(n, p, size=.9), lambda s: in_time(resize, s.model, ms=.95, optimizer=s.optimizer)),
     'close_heads': (trained, lambda s: close_heads(s.model, [(0, 1), (1, 2)], CALIB, optimizer=s.optimizer)),
     'close_heads-plain': (free, lambda s: close_heads(s.model, [(0, 1), (1, 2)], CALIB)),
     'compact': (pruned, lambda s: compact(s.model, optimizer=s.optimizer)),
