@@ -236,12 +236,13 @@ def elastic(
     "Order a model's units once, so that `resize` can give it any size. The model is as before."
     check_allowed(0 < least < 1, f'least={least!r}', 'a share of the parameters between 0 and 1')
     check_allowed(min_heads >= 1, f'min_heads={min_heads!r}', '1 or more in each layer')
-    m = base_model(adapt(model))
-    check_whole_model(m)
+    m = base_model(model)
     request = PruneRequest(params=float(least), batches=batches, rounds=rounds,
                            kinds=('heads', 'channels'), min_heads=min_heads, **options)
-    request.resolve(m)
-    request.min_channels = request.multiple if min_channels is None else min_channels
-    request.check_least(m)
-    m.sentinel.family = request.family(m)
+    with transaction(m):                        # a plain model that is refused is plain again
+        check_whole_model(adapt(m))
+        request.resolve(m)
+        request.min_channels = request.multiple if min_channels is None else min_channels
+        request.check_least(m)
+        m.sentinel.family = request.family(m)
     return m.sentinel.family

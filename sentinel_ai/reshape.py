@@ -163,7 +163,7 @@ def _forget(state):
     state.repairs.clear()
     state.plan.info.clear()
     if state.agency is not None: state.agency.detach()
-    state.memory = None
+    state.memory = state.family = None
 
 def _to_plain(m):
     "A plain model was saved: gates stay, all open."

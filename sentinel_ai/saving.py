@@ -23,6 +23,7 @@ from .config import (
     extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
 from .family_file import FAMILY_FILE, save_family
+from .sizes import misfit
 from .reading import SentinelForCausalLM
 
 # %% ../nbs/07a_saving.ipynb #d72f7ec9
@@ -88,7 +89,8 @@ def _write(m, d, memory, checksum=True, **kwargs):
     heads = m.sentinel.memory
     if heads is not None: heads.save(d/HEADS_FILE)
     family = m.sentinel.family
-    if family is not None: save_family(family, d/FAMILY_FILE)
+    fits = family is not None and not misfit(family, m.sentinel.built)
+    if fits: save_family(family, d/FAMILY_FILE)
 
 def _upload(d, repo_id, token):
     from huggingface_hub import HfApi

@@ -124,7 +124,7 @@ def _rows_first(values, slices):
     dims = {(name, part): dim for name, dim, _, part in slices}
     def rows(key, v):
         first = v.movedim(dims[key[:2]], 0)
-        return first.reshape(len(first), -1).contiguous()
+        return first.reshape(len(first), first.shape[1:].numel()).contiguous()
     return {key: rows(key, v) for key, v in values.items()}
 
 # %% ../nbs/04a_slices.ipynb #c0093

@@ -215,9 +215,16 @@ def random_numbers():
 def _of_map(hm): return {k: [Same(s) for s in v] if k == 'sites' else _value(v) for k, v in vars(hm).items()}
 
 
+def of_family(family):
+    "All that a family of sizes holds."
+    factors = {k: _value(part if isinstance(part, dict) else vars(part)) for k, part in family.factors.items()}
+    return _value({k: v for k, v in vars(family).items() if k != 'factors'}) | dict(factors=factors)
+
+
 def _of_state(state):
     if state is None: return None
-    res = {k: Same(getattr(state, k)) for k in ('config', 'memory', 'agency')}
+    res = {k: Same(getattr(state, k)) for k in ('config', 'memory', 'agency', 'family')}
+    res['sizes'] = None if state.family is None else of_family(state.family)
     maps = {f'{name}/{kind}': _of_map(getattr(sites, kind)) for name, sites in (('built', state.built), ('now', state.now))
             for kind in ('heads', 'channels') if getattr(sites, kind) is not None}
     channels = None if state.plan.channels is None else _value(vars(state.plan.channels))

@@ -16,7 +16,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from sentinel_ai import HeadMemory, adapt, add_skips, compact, measure, prune, random_model, set_gates
+from sentinel_ai import HeadMemory, adapt, add_skips, compact, elastic, measure, prune, random_model, resize, set_gates
 from sentinel_ai.agency import Agency
 from sentinel_ai.audit import read_log
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
@@ -28,6 +28,7 @@ from sentinel_ai.learning import GateCallback
 from sentinel_ai.loaders import load_adaptive_model
 from sentinel_ai.plan import HeadPlan
 from sentinel_ai.sealed import seal
+from sentinel_ai.sizes import FAMILY_FILE, read_family, save_family
 from sentinel_ai.stats import HeadStats
 
 torch.set_num_threads(1)
@@ -86,6 +87,12 @@ def write_checkpoint(d):
 def write_memory(d):
     d.mkdir()
     MODEL.sentinel.memory.save(d/'memory.safetensors')
+
+
+def write_family(d):
+    d.mkdir()
+    m = copy.deepcopy(PLAIN)
+    save_family(elastic(m, IDS, .9, rounds=1, progress=False), d/FAMILY_FILE)
 
 
 def write_stats(d):
@@ -183,6 +190,20 @@ def read_memory(d, **kw):
 
 
 def read_memory_unsealed(d): read_memory(d, verify=False)
+def read_sizes(d, **kw):
+    "What is read is used: a size comes out, or an error before anything is changed."
+    m = adapt(copy.deepcopy(PLAIN))
+    m.sentinel.family = read_family(d/FAMILY_FILE, m, **kw)
+    try: resize(m, params=.95)
+    except ValueError as e:
+        assert all(torch.equal(t, m.state_dict()[k]) for k, t in PLAIN.state_dict().items()), 'refused, and changed'
+        raise ValueError(f'{d}: {e}') from e
+    assert m(input_ids=IDS).logits.isfinite().all(), 'a size that computes NaN'
+    resize(m, params=1.)
+    assert all(torch.equal(t, m.state_dict()[k]) for k, t in PLAIN.state_dict().items()), 'not what was built'
+
+
+def read_sizes_unsealed(d): read_sizes(d, verify=False)
 def read_stats(d): HeadStats.load(d/'stats.safetensors')
 
 
@@ -211,7 +232,8 @@ KINDS = {
     'folder': (write_folder, read_folder), 'folder, unverified': (write_folder, read_unsealed),
     'shards': (write_sharded, read_folder), 'checkpoint': (write_checkpoint, read_checkpoint),
     'checkpoint, unverified': (write_checkpoint, read_unverified), 'checkpoint, resealed': (write_checkpoint, read_resealed),
-    'memory': (write_memory, read_memory), 'memory, unverified': (write_memory, read_memory_unsealed), 'stats': (write_stats, read_stats),
+    'memory': (write_memory, read_memory), 'memory, unverified': (write_memory, read_memory_unsealed),
+    'family': (write_family, read_sizes), 'family, unverified': (write_family, read_sizes_unsealed), 'stats': (write_stats, read_stats),
     'plan': (write_plan, read_plan), 'agency': (write_agency, read_agency), 'controller': (write_controller, read_controller),
     'record': (write_record, read_record), 'pth': (write_pth, read_pth), 'skips': (write_skips, read_folder)}
 if importlib.util.find_spec('gguf'): KINDS['gguf'] = write_gguf, read_gguf

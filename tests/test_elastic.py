@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from sentinel_ai import (HeadMemory, UnsupportedArchitecture, elastic, gate_values, load_adaptive_model, load_baseline_model, load_tokenizer,
-                         merge_gates, prune, random_model, regrow, resize, set_gates, unprune)
+from sentinel_ai import (HeadMemory, UnsupportedArchitecture, adapt, elastic, grow, load_adaptive_model, load_baseline_model,
+                         load_checkpoint, load_tokenizer, merge_gates, prune, random_model, regrow, resize, save_checkpoint,
+                         set_gates, ungrow, unprune)
 from sentinel_ai.data import lm_dataset
 from sentinel_ai.elastic import NEVER
 from sentinel_ai.io import write_tensors
@@ -172,12 +173,43 @@ def test_states_that_forbid_it():
     with pytest.raises(ValueError, match='unprune'): elastic(plain, CALIB, .9)
 
 
-def test_a_family_that_fits_no_more():
-    from sentinel_ai import grow
-    m = family_model()
-    grow(m, heads={0: 1})
-    if gate_values(m).shape == m.sentinel.family.places.tables['heads'].shape: pytest.skip('growth that changes no table')
+@pytest.mark.parametrize('name', ['llama', 'mixtral'])
+def test_a_family_that_fits_no_more(name, tmp_path):
+    "Growth makes a family useless until it is taken back, also where no table changes its shape; a folder is saved without it."
+    m = family_model(name)
+    held = logits(m)
+    grow(m, channels={0: 2})
     with pytest.raises(ValueError, match='another family'): resize(m, params=.95)
+    m.save_pretrained(tmp_path/'grown')
+    back = load_adaptive_model(str(tmp_path/'grown'))
+    assert torch.equal(logits(back), logits(m)) and back.sentinel.family is None
+    family = elastic(m, CALIB, .9, rounds=1, progress=False)
+    grow(m, channels={1: 1})
+    assert m.sentinel.built.channels.shape == family.places.tables['channels'].shape
+    with pytest.raises(ValueError, match='channels in layer 1 where'): resize(m, params=.95)
+    m.save_pretrained(tmp_path/'again')
+    assert load_adaptive_model(str(tmp_path/'again')).sentinel.family is None
+    ungrow(m)
+    assert torch.allclose(logits(m), held, atol=1e-5)
+
+
+def test_a_checkpoint_says_whether_there_is_a_family(tmp_path):
+    m = family_model()
+    save_checkpoint(tmp_path/'with', m)
+    save_checkpoint(tmp_path/'without', adapt(random_model('llama')))
+    load_checkpoint(tmp_path/'without', m)
+    assert m.sentinel.family is None
+    load_checkpoint(tmp_path/'with', m)
+    resize(m, params=.95)
+
+
+def test_no_family_of_a_model_that_was_refused():
+    "A plain model is plain again."
+    m = random_model('llama')
+    kind = type(m)
+    for bad, options in ((CALIB[:0], {}), (CALIB, dict(min_channels=40)), (CALIB, dict(repair='magic'))):
+        with pytest.raises(ValueError): elastic(m, bad, .5, rounds=1, progress=False, **options)
+        assert type(m) is kind and not hasattr(m, 'sentinel')
 
 
 def changed_file(path, out, change):

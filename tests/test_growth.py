@@ -413,3 +413,15 @@ def test_a_half_that_was_pruned_returns_after_ungrow(cut, kind, order):
         unprune(ungrow(model))
         torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-5)
         assert not [key for key in model.sentinel.repairs.predictors if key[1] >= 4]
+
+
+def test_channels_where_a_whole_layer_of_them_is_gone():
+    "That layer has none to take after, which is said; the others grow."
+    model = adapt(random_model('llama'))
+    set_gates(model, {(0, c): 0. for c in range(model.sentinel.built.channels[0].n)}, 'channels')
+    compact(model)
+    want = logits(model)
+    with pytest.raises(ValueError, match='layer 0 has no open channel'): grow(model, channels=1)
+    assert torch.equal(logits(model), want)
+    grow(model, channels={1: 1}, init='zero')
+    torch.testing.assert_close(logits(model), want)

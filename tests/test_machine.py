@@ -5,6 +5,7 @@
 repository's root and run it.
 """
 import copy
+import json
 import os
 import random
 import re
@@ -24,16 +25,17 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import differences, picture  # noqa: E402
+from faults import of_family, differences, picture  # noqa: E402
 from test_units import same_state, state  # noqa: E402
 
-from sentinel_ai import (Agency, ConsentError, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, expand, gate_values, grow,  # noqa: E402
-                         harden_gates, load_checkpoint, merge_gates, prune, random_model, regrow, remove_skips, save_checkpoint,
+from sentinel_ai import (Agency, ConsentError, GateConfig, HeadMemory, HeadPlan, adapt, add_skips, close_heads, compact, elastic, expand, gate_values,  # noqa: E402
+                         grow, harden_gates, load_checkpoint, merge_gates, prune, random_model, regrow, remove_skips, resize, save_checkpoint,
                          set_gates, unadapt, ungrow, unmerge_gates, unprune)
 from sentinel_ai.gates import is_merged  # noqa: E402
 from sentinel_ai.heads import core_linear, in_dim, param_at  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
 from sentinel_ai.shaping import kinds_of  # noqa: E402
+from sentinel_ai.sizes import misfit  # noqa: E402
 from sentinel_ai.surgery import head_slices, reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -44,7 +46,7 @@ STEPS = int(os.environ.get('SENTINEL_STEPS', 2000))
 SEED = int(os.environ.get('SENTINEL_SEED', 0))
 PARTS, LENGTH = 8, 16          # tests, and steps of a sequence
 EVERY = 4                      # steps between whole checks
-MODELS = ['gpt2', 'llama', 'bloom', 'phi3', 'opt', 'gpt_neox', 'falcon', 'qwen3', 'olmo2', 'bitnet']
+MODELS = ['gpt2', 'llama', 'bloom', 'phi3', 'opt', 'gpt_neox', 'falcon', 'qwen3', 'olmo2', 'bitnet', 'mixtral']
 IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29], [62, 14, 7, 50, 3, 9, 27, 44]])
 CALIB = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(1))
 REFUSALS = ValueError, RuntimeError, TypeError, IndexError, KeyError, OSError      # UnsupportedArchitecture is a ValueError; TypeError: adapt(model) first
@@ -63,8 +65,9 @@ def shape_of(name, n_layers, heads, group, d, wide, ffn, tied):
     common |= dict(hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=n_layers)
     if name == 'opt': return common | dict(ffn_dim=ffn, word_embed_proj_dim=hidden)
     if name == 'falcon': return common | dict(new_decoder_architecture=True, num_kv_heads=kv, ffn_hidden_size=ffn)
-    common |= dict(intermediate_size=ffn)
+    common |= dict(intermediate_size=4*ffn if name == 'mixtral' else ffn)      # the grouped kernel asks for 16 bytes
     if name == 'gpt_neox': return common
+    if name == 'mixtral': common |= dict(num_local_experts=3, num_experts_per_tok=2)
     if name in ('llama', 'qwen3') and wide: common |= dict(hidden_size=2*hidden)
     return common | dict(num_key_value_heads=kv) | (dict(head_dim=d) if name in ('llama', 'qwen3') else {})
 
@@ -105,7 +108,7 @@ class Edits(RuleBasedStateMachine):
         say(HEAD)
         self.count = 0
         self.folder = Path(tempfile.mkdtemp())
-        self.saved = self.ramp = self.memory = self.agency = None
+        self.saved = self.ramp = self.memory = self.agency = self.family = None
         self.trained = self.grown = self.deep = self.drawn = self.split = False
 
     @initialize(name=st.sampled_from(MODELS), number=st.integers(0, 3), n_layers=st.integers(1, 3), heads=st.integers(1, 5), group=st.integers(1, 5),
@@ -141,6 +144,7 @@ class Edits(RuleBasedStateMachine):
 
     def check(self, out):
         "What must hold of every model, of which `out` is the output."
+        assert self.model.sentinel.family is self.family, 'the family is another'
         self.check_gradients()
         config = self.model.sentinel.config
         if is_merged(self.model) or config.mode != 'static': return
@@ -165,10 +169,10 @@ class Edits(RuleBasedStateMachine):
         m.zero_grad()
 
     def check_unit(self, site, u):
-        lin = core_linear(site.out)
-        grad = lin.weight.grad
+        grad = site.weight.grad
         if grad is not None:
-            columns = (grad if in_dim(lin) == 0 else grad.t()).unflatten(0, (site.n, site.width))[u]
+            if site.blocks > 1: columns = site.columns(grad)[u]
+            else: columns = (grad if in_dim(core_linear(site.out)) == 0 else grad.t()).unflatten(0, (site.n, site.width))[u]
             assert not columns.any(), f'layer {site.layer}: closed {site.kind} {u} gets a gradient'
         if site.kind != 'heads': return
         for name, dim, idx, part in head_slices(site, u):
@@ -263,6 +267,51 @@ class Edits(RuleBasedStateMachine):
         units = self.gone(kind, number) if kind in kinds_of(self.model) else []
         if units: self.attempt('reattach', lambda: reattach(self.model, units, self.optimizer, kind=kind), same=True)
 
+    # whole sublayers
+    @rule(kind=KINDS, number=NUMBERS, repair=st.sampled_from(['none', 'affine']), cut=st.booleans())
+    def drop_sublayer(self, kind, number, repair, cut):
+        if kind not in kinds_of(self.model): return
+        layer = number % len(self.model.sentinel.now.heads)
+        units = [u for u in (gate_values(self.model, kind=kind) > 0).nonzero().tolist() if u[0] == layer]
+        if not units: return
+        if kind == 'heads': run = lambda: close_heads(self.model, self.built(kind, units), CALIB, repair=repair, optimizer=self.optimizer)
+        else: run = lambda: set_gates(self.model, {tuple(u): 0. for u in units}, kind)
+        if self.attempt(f'drop {kind}', run) and cut: self.attempt('compact', lambda: compact(self.model, optimizer=self.optimizer), same=True)
+
+    @rule(kind=KINDS, number=NUMBERS, warmup=st.sampled_from([0, 3]))
+    def restore_sublayer(self, kind, number, warmup):
+        "Only those of one layer, and as they were."
+        if kind not in kinds_of(self.model): return
+        units = sorted({*self.gone(kind, 0), *self.built(kind, self.some(kind, 0, False))})
+        layers = sorted({l for l, _ in units})
+        mine = [u for u in units if u[0] == layers[number % len(layers)]]
+        def run(): self.ramp = regrow(self.model, mine, kind=kind, warmup=warmup, optimizer=self.optimizer)
+        if mine: self.attempt(f'restore {kind}', run)
+
+    # sizes
+    @rule(least=st.sampled_from([.9, .8]), repair=st.sampled_from(['affine', 'linear', 'none']), cleared=st.booleans())
+    def elastic(self, least, repair, cleared):
+        if cleared and not self.is_whole() and self.attempt('unprune', lambda: unprune(self.model, self.optimizer)): self.ramp = None
+        def run(): self.family = elastic(self.model, CALIB, least, rounds=1, repair=repair, progress=False)
+        self.attempt('elastic', run, same=True)
+
+    def is_whole(self): return self.model.sentinel.plan.whole and not self.model.sentinel.repairs and bool((gate_values(self.model) == 1).all())
+
+    @precondition(lambda self: self.family is not None)
+    @rule(share=st.sampled_from([1., .97, .9, .85]))
+    def resize(self, share):
+        "The same weights whatever came before, and at 1 those that `unprune` gives."
+        twin = copy.deepcopy(self.model)
+        if not self.attempt('resize', lambda: resize(self.model, params=share, optimizer=self.optimizer)): return
+        self.ramp = None
+        unprune(twin)
+        if share < 1: resize(twin, params=share)
+        mine, want = self.model.state_dict(), twin.state_dict()
+        bad = [k for k in want if not torch.equal(mine[k], want[k])]
+        assert mine.keys() == want.keys() and not bad, f'{bad[:3]} are others than after unprune'
+        assert torch.equal(logits(self.model), logits(twin))
+        if share == 1: self.is_plain('resize')
+
     # growth
     @rule(kind=KINDS, number=NUMBERS, init=st.sampled_from(['memory', 'split', 'zero', 'random', 'unet']), warmup=st.sampled_from([0, 3]), wish=st.booleans())
     def regrow(self, kind, number, init, warmup, wish):
@@ -347,25 +396,77 @@ class Edits(RuleBasedStateMachine):
         else: assert torch.equal(logits(back), live), f'reload is {(logits(back) - live).abs().max():.2g} apart'
         plans = [m.sentinel.plan.to_dict() | dict(info={}) for m in (self.model, back)]
         assert not differences(*plans), differences(*plans)
+        self.same_family(self.saved_family(), back.sentinel.family)
+        self.family = back.sentinel.family
+        self.trained = self.trained or is_merged(self.model)         # a plain model was saved, with the gates in its weights
         self.model, self.agency, self.ramp = back.eval(), back.sentinel.agency, None
         self.memory = back.sentinel.memory
         self.optimizer = torch.optim.AdamW([p for p in back.parameters() if p.requires_grad], 1e-2)
+
+    def saved_family(self):
+        "What a folder holds: none in that of a merged model, which is plain, or after growth."
+        has_none = self.family is None or is_merged(self.model) or misfit(self.family, self.model.sentinel.built)
+        return None if has_none else self.family
+
+    def same_family(self, *families):
+        pair = [None if family is None else of_family(family) for family in families]
+        assert not differences(*pair), differences(*pair)
 
     @rule()
     def save_checkpoint(self):
         path = self.folder/'checkpoint'
         if self.attempt('save_checkpoint', lambda: save_checkpoint(path, self.model, self.optimizer), same=True):
             self.saved = dict(logits=logits(self.model), trained=self.trained, grown=self.grown, drawn=self.drawn, deep=self.deep,
-                              n=len(self.model.sentinel.now.heads), merged=is_merged(self.model))
+                              n=len(self.model.sentinel.now.heads), merged=is_merged(self.model), family=self.saved_family())
 
     @precondition(lambda self: self.saved is not None)
     @rule(given=st.booleans())
     def load_checkpoint(self, given):
-        run = lambda: load_checkpoint(self.folder/'checkpoint', self.model, self.optimizer if given else None)
+        def run():
+            load_checkpoint(self.folder/'checkpoint', self.model, self.optimizer if given else None)
+            self.family = self.model.sentinel.family
         if not self.attempt('load_checkpoint', run): return
         near(logits(self.model), self.saved['logits'], 'a checkpoint apart from what was saved', 0 if not self.saved['merged'] else 1e-4)
         self.ramp, self.agency, self.memory = None, self.model.sentinel.agency, self.model.sentinel.memory
         self.trained, self.grown, self.drawn, self.deep = (self.saved[k] for k in ('trained', 'grown', 'drawn', 'deep'))
+        self.same_family(self.saved['family'], self.family)
+
+    @rule()
+    def plan_file(self):
+        "A plan through a file, applied to a copy of the model as it was built, and to one whose gates it closes."
+        if is_merged(self.model) or self.grown or self.deep or self.model.sentinel.plan.has_grown: return
+        plan = HeadPlan.from_gates(self.model)
+        back = HeadPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+        assert not differences(plan.to_dict(), back.to_dict()), differences(plan.to_dict(), back.to_dict())
+        small, masked = (adapt(copy.deepcopy(self.plain)) for _ in range(2))
+        try: compact(small, back)
+        except REFUSALS as e:
+            assert not RAW.search(str(e)), str(e)
+            return
+        for kind in ('heads', 'channels') if back.channels is not None else ('heads',):      # without channels, all are kept
+            keep = back.of_kind(kind).keep
+            set_gates(masked, torch.where(keep | gate_values(masked, kind=kind).isnan(), torch.nan, 0.), kind)
+        near(logits(small), logits(masked), 'a plan of a file')
+
+    @precondition(lambda self: self.memory is not None)
+    @rule()
+    def memory_file(self):
+        "A memory through a file takes the place of the one that was saved."
+        file, before = self.folder/'memory.safetensors', self.memory
+        if not self.attempt('save memory', lambda: before.save(file), same=True): return
+        def swap():
+            other = HeadMemory.load(file)
+            assert list(other.records) == list(before.records)
+            before.detach(self.model)
+            self.memory = other.attach(self.model)
+        self.attempt('load memory', swap, same=True)
+
+    @precondition(lambda self: self.agency is not None)
+    @rule()
+    def agency_file(self):
+        saved = json.loads(json.dumps(self.agency.to_dict()))
+        other = Agency.from_dict(saved)
+        assert not differences(saved, json.loads(json.dumps(other.to_dict())))
 
     # the end
     def is_plain(self, what):

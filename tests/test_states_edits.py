@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import differences, picture  # noqa: E402
 
-from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, expand, export_hf,  # noqa: E402
+from sentinel_ai import (Agency, GateConfig, HeadMemory, adapt, add_skips, close_heads, compact, elastic, expand, export_hf,  # noqa: E402
                          gate_values, grow, harden_gates, is_merged, load_checkpoint, merge_gates, prune, random_model, regrow,
-                         remove_skips, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
+                         remove_skips, resize, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
 from sentinel_ai.gates import EDITS, check_edit, is_adaptive  # noqa: E402
 from sentinel_ai.heads import base_model  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
+from sentinel_ai.site import model_size  # noqa: E402
 from sentinel_ai.surgery import reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 
@@ -137,6 +138,12 @@ def _agency(s):
 def _memory(s): s.memory = HeadMemory().attach(s.model)
 
 
+def _family(s): elastic(s.model, CALIB, .85, rounds=1, progress=False)
+
+
+def _small(s): resize(s.model, params=.9, optimizer=s.optimizer)
+
+
 def _lora(s):
     peft = pytest.importorskip('peft')
     out = dict(gpt2='attn.c_proj').get(s.name, 'o_proj')
@@ -194,6 +201,9 @@ STATES = dict(
     skips=[_skips, _closed], skips_compact=[_skips, _compact], skips_merged=[_skips, _merged], skips_repaired=[_skips, _repaired],
     agency=[_agency], agency_closed=[_closed, _agency], agency_compact=[_agency, _compact], agency_repaired=[_agency, _repaired],
     memory=[_memory, _repaired], memory_compact=[_memory, _repaired, _compact], memory_merged=[_memory, _repaired, _merged],
+    family=[_family], family_closed=[_family, _closed], family_small=[_family, _small], family_merged=[_family, _closed, _merged],
+    family_memory=[_memory, _family, _small], family_grown=[_family, _grown], family_repaired=[_family, _repaired_both, _compact],
+    family_learned=[_family, _learned], family_lora=[_family, _lora],
     trained=[_closed, _trained], trained_merged=[_closed, _merged, _trained],
     lora=[_closed, _lora], lora_merged=[_closed, _lora_merged], lora_unloaded=[_closed, _unloaded], lora_absorbed=[_closed, _absorbed],
     lora_repaired=[_lora, _repaired], repaired_lora=[_repaired, _lora], lora_compact=[_compact, _lora], lora_learned=[_learned, _lora],
@@ -292,10 +302,34 @@ def _back_in_time(s):
     save_checkpoint(s.path/'checkpoint', other.model, other.optimizer)
     load_checkpoint(s.path/'checkpoint', s.model, s.optimizer)
     near(logits(s.model), logits(other.model), 'a checkpoint', 0)
+    s.agency, s.memory = s.m.sentinel.agency, s.m.sentinel.memory
     s.marks.add('trained')
 
 
 def is_inexact(s): return is_adaptive(s.m) and is_merged(s.m)
+
+
+def _elastic(s):
+    "The output stays, and resize has sizes to give."
+    before = logits(s.model)
+    elastic(s.model, CALIB, .95, rounds=1, progress=False)
+    assert torch.equal(logits(s.model), before)
+
+
+def _resize(s):
+    "What unprune gives, and from there a size."
+    whole = copy.deepcopy(s.m)
+    resize(s.model, params=.9, optimizer=s.optimizer)
+    assert model_size(s.m) <= .9*model_size(unprune(whole))
+    there = {k: t.clone() for k, t in s.m.state_dict().items()}
+    resize(s.model, params=.97, optimizer=s.optimizer)
+    resize(s.model, params=.9, optimizer=s.optimizer)
+    assert all(torch.equal(t, there[k]) for k, t in s.m.state_dict().items())
+
+
+def _resize_whole(s):
+    resize(s.model, params=1., optimizer=s.optimizer)
+    assert s.m.sentinel.plan.whole and not s.m.sentinel.repairs and bool((gate_values(s.model) == 1).all())
 
 
 def _save(s):
@@ -395,6 +429,7 @@ WHAT = dict(  # name: (rows of the table, what it does, does the output stay as 
     set_channel=('set', lambda s: set_gates(s.model, {(0, 5): .5}, 'channels'), False),
     compact=('compact', lambda s: compact(s.model, optimizer=s.optimizer), True),
     expand=('expand', lambda s: expand(s.model, s.optimizer), True),
+    elastic=('measure', _elastic, True), resize=('resize', _resize, False), resize_whole=('resize', _resize_whole, False),
     reattach=('reattach', _reattach, True),
     unprune=(_unprune_rows, lambda s: unprune(s.model, s.optimizer), False),
     undo_repair=('undo', lambda s: undo_repair(s.model), False),
@@ -412,7 +447,8 @@ WHAT = dict(  # name: (rows of the table, what it does, does the output stay as 
     attach_agency=('factors', _attach_agency, True), overload=('factors', _overload, False), detach_agency=('', _detach_agency, False),
     attach_memory=('', _attach_memory, True))
 # What is said where there is nothing to do, whatever the state, or where somebody has a say
-NOTHING = re.compile(r'no head of this model was removed|no heads of this model grew|has skip pathways|consent|nor a channel')
+NOTHING = re.compile(r'a model without a family|another family|of a model that is pruned|no head of this model was removed|'
+                     r'no heads of this model grew|can say no number of heads|has skip pathways|consent|nor a channel')
 
 
 @torch.no_grad()

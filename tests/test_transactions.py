@@ -5,8 +5,10 @@
 import os
 import random
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,13 +20,15 @@ from faults import (FILE_KINDS, IDS, KINDS, attempt, differences, fail_at_file, 
 from test_matrix import build  # noqa: E402
 
 from sentinel_ai import (Agency, GateConfig, HeadMemory, HeadPlan, adapt, add_skips, close_heads, compact,  # noqa: E402
-                         expand, grow, harden_gates, load_checkpoint, measure, merge_gates, prune, regrow,
-                         remove_skips, restore, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
+                         elastic, expand, grow, harden_gates, load_checkpoint, measure, merge_gates, prune, regrow,
+                         remove_skips, resize, restore, save_checkpoint, set_gates, unadapt, ungrow, unmerge_gates, unprune)
+from sentinel_ai import clock, sizes, timed, trials  # noqa: E402
 from sentinel_ai.controller import ANNController, ElasticBudget, Policy, ReinforceController, ThresholdController  # noqa: E402
 from sentinel_ai.cycle import Plasticity  # noqa: E402
 from sentinel_ai.pruning import undo_repair  # noqa: E402
 from sentinel_ai.state import _LOCAL, built_sites  # noqa: E402
 from sentinel_ai.room import replay  # noqa: E402
+from sentinel_ai.site import model_size  # noqa: E402
 from sentinel_ai.surgery import reattach  # noqa: E402
 from sentinel_ai.unet import set_skip_gates  # noqa: E402
 
@@ -161,6 +165,35 @@ def saved_dicts(name, path):
     return scene
 
 
+def sized(name, path, least=.85, size=None, **kw):
+    "A model with a family, at one of its sizes or whole."
+    scene = trained(name, path, **kw)
+    elastic(scene.model, CALIB, least, rounds=1, progress=False)
+    if size: resize(scene.model, params=size, optimizer=scene.optimizer)
+    return scene
+
+
+@contextmanager
+def by_size():
+    "A clock that counts parameters."
+    def ratios(model, other, ids, repeats=5):
+        size = model_size(other)/model_size(model)
+        return dict(prefill=size, decode=.2 + .8*size)
+    def latency(model, ids, repeats=5): return model_size(model)/1e4
+    clocks = dict(time_ratios=ratios, latency=latency)
+    with (mock.patch.multiple(clock, **clocks), mock.patch.multiple(timed, **clocks),
+          mock.patch.object(sizes, 'time_ratios', ratios)): yield
+
+
+def with_trials(f, *args, **kwargs):
+    "Layers are tried although there are few of them, and little text."
+    with mock.patch.multiple(trials, LEAST_TEXT=1, FEWEST_TRIALS=2): return f(*args, **kwargs)
+
+
+def in_time(f, *args, **kwargs):
+    with by_size(): return f(*args, **kwargs)
+
+
 def watched(name, path):
     scene = trained(name, path, SHUT, agency=True)
     scene.stats = measure(scene.model, CALIB, ('gradient', 'use'), progress=False)
@@ -270,6 +303,19 @@ EDITS = {
                                                 optimizer=s.optimizer, progress=False)),
     'prune-plain': (free, lambda s: prune(s.model, 3, CALIB, 'wanda', rounds=2, progress=False)),
     'prune-auto': (trained, lambda s: prune(s.model, 3, CALIB, 'auto', rounds=1, progress=False)),
+    'prune-ms': (trained, lambda s: in_time(prune, s.model, ms=.95, batches=CALIB, criterion='taylor', rounds=1, optimizer=s.optimizer,
+                                            progress=False)),
+    'prune-ms-heads': (lambda n, p: trained(n, p, agency=True), lambda s: in_time(
+        prune, s.model, ms=.95, batches=CALIB, criterion='wanda', kinds='heads', rounds=1, optimizer=s.optimizer, progress=False)),
+    'prune-trials': (trained, lambda s: with_trials(prune, s.model, params=.8, batches=CALIB, rounds=1, optimizer=s.optimizer, progress=False)),
+    'elastic': (trained, lambda s: elastic(s.model, CALIB, .85, rounds=2, progress=False)),
+    'elastic-agency': (lambda n, p: trained(n, p, agency=True), lambda s: elastic(s.model, CALIB, .95, rounds=1, progress=False)),
+    'elastic-again': (sized, lambda s: elastic(s.model, CALIB, .95, rounds=1, progress=False)),
+    'elastic-plain': (free, lambda s: elastic(s.model, CALIB, .95, rounds=1, progress=False)),
+    'resize': (sized, lambda s: resize(s.model, params=.9, optimizer=s.optimizer)),
+    'resize-again': (lambda n, p: sized(n, p, size=.9), lambda s: resize(s.model, params=.95, optimizer=s.optimizer)),
+    'resize-whole': (lambda n, p: sized(n, p, size=.9), lambda s: resize(s.model, params=1., optimizer=s.optimizer)),
+    'resize-ms': (lambda n, p: sized(n, p, size=.9), lambda s: in_time(resize, s.model, ms=.95, optimizer=s.optimizer)),
     'close_heads': (trained, lambda s: close_heads(s.model, [(0, 1), (1, 2)], CALIB, optimizer=s.optimizer)),
     'close_heads-plain': (free, lambda s: close_heads(s.model, [(0, 1), (1, 2)], CALIB)),
     'compact': (pruned, lambda s: compact(s.model, optimizer=s.optimizer)),
