@@ -3,6 +3,7 @@
 `pytest tests/test_surgery.py -k llama` runs one architecture.
 """
 import copy
+import importlib
 import json
 import pickle
 import sys
@@ -359,7 +360,8 @@ def test_what_is_refused():
 
 def test_a_difference_is_noticed_and_undone(monkeypatch):
     "If a layer doesn't compute what it did, its rows stay; if that doesn't help either, all is as before."
-    from sentinel_ai import heads, resize
+    from sentinel_ai import heads
+    resize = importlib.import_module('sentinel_ai.resize')         # the name is that of a function, too
     model = masked('llama', 1)
     want, sd = logits(model), state(model)
     rows = resize._kept_rows
