@@ -127,8 +127,9 @@ class Sentinel(nn.Module):
         self.mode = config.mode if learns else 'static'
         self.multiple = config.multiple if kind == 'channels' else 1
         options = dict(dtype=getattr(torch, config.dtype), device=device)
-        first = torch.full((n,), float(config.init if learns else 1.), **options)
-        self.gate = nn.Parameter(first, requires_grad=self.mode == 'learned')
+        first = float(config.init if learns else 1.)
+        with torch.inference_mode(False):      # a change of the gate is to be noticed wherever it was made
+            self.gate = nn.Parameter(torch.full((n,), first, **options), requires_grad=self.mode == 'learned')
         if self.mode == 'hard_concrete':
             shared = -(-n//self.multiple)      # rounded up
             start = torch.full((shared,), float(config.log_alpha), **options)

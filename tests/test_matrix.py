@@ -188,6 +188,19 @@ def test_gradients_reach_every_gate(name):
         assert g is not None and g.isfinite().all() and (g != 0).all(), f'layer {s.layer}: gradient {g}'
 
 
+def test_adapt_in_inference_mode():
+    "A gate made there is one whose changes are noticed: open, it has no hook and costs nothing."
+    model = build('llama')
+    with torch.inference_mode():
+        want = logits(model)
+        adapt(model)
+        assert torch.equal(logits(model), want) and not any(s.out._forward_pre_hooks for s in model.sentinel.now.heads)
+        assert not torch.equal(logits(set_gates(model, {(0, 0): 0.})), want)
+        assert torch.equal(logits(set_gates(model, 1.)), want)
+    gate_values(model)
+    set_gates(model, {(0, 0): .5})
+
+
 @pytest.mark.parametrize('name', ALL)
 def test_merge_and_back(name):
     model = adapt(build(name))
