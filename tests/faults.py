@@ -1,4 +1,5 @@
 """Exceptions at any torch operation, any line of `sentinel_ai` or any access to a file, and a picture of what an edit must leave as it was."""
+import dataclasses
 import errno
 import gc
 import itertools
@@ -263,6 +264,7 @@ def differences(a, b, at=''):
     "Where two pictures differ, as paths."
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor): return [] if _same_tensor(a, b) else [at]
     if type(a) is not type(b): return [f'{at}: {type(a).__name__} is now {type(b).__name__}']
+    if dataclasses.is_dataclass(a) and not isinstance(a, type): return differences(vars(a), vars(b), at)
     if isinstance(a, dict):
         if list(a) != list(b): return [f'{at}: {[k for k in a if k not in b]} gone, {[k for k in b if k not in a]} new, of {len(a)} in order']
         return list(itertools.chain(*(differences(a[k], b[k], f'{at}/{k}') for k in a)))

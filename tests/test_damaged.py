@@ -28,7 +28,7 @@ from sentinel_ai.learning import GateCallback
 from sentinel_ai.loaders import load_adaptive_model
 from sentinel_ai.plan import HeadPlan
 from sentinel_ai.sealed import seal
-from sentinel_ai.sizes import FAMILY_FILE, read_family, save_family
+from sentinel_ai.family_file import FAMILY_FILE, read_family, save_family
 from sentinel_ai.stats import HeadStats
 
 torch.set_num_threads(1)
