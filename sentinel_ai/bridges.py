@@ -89,6 +89,7 @@ def _catch(site, seen):
     if site.blocks > 1: return site.out.register_forward_hook(gives, with_kwargs=True)
     return site.out.register_forward_hook(reads)
 
+# %% ../nbs/03a_bridges.ipynb #592806db
 @torch.no_grad()
 def measure_bridges(
     m:nn.Module, # The adapted model, before the units are closed

@@ -71,6 +71,7 @@ def paired_ratio(
     medians = [statistics.median(times[call][1:]) for call in (other, plain)]
     return medians[0]/medians[1]
 
+# %% ../nbs/03b_clock.ipynb #a8c93dba
 @torch.no_grad()
 def time_ratios(
     model:nn.Module, # The model as it was
@@ -125,6 +126,7 @@ def _kept_evenly(site, share, multiple):
     keep = round(share*site.n/multiple)*multiple
     return torch.arange(site.n) < min(keep, site.n)
 
+# %% ../nbs/03b_clock.ipynb #f2e9ee86
 def shaped_copy(
     m:nn.Module, # An adapted model
     kind:str, # 'heads' or 'channels'
@@ -154,6 +156,7 @@ def timed_level(
     saved = model_size(m) - model_size(twin)
     return Level(kind, int(table.keep.sum()), saved, **time_ratios(m, twin, ids, repeats))
 
+# %% ../nbs/03b_clock.ipynb #7fd30076
 def time_table(
     model:nn.Module, # An adapted model
     ids:Tensor, # Token ids of the prompt `[b, t]`

@@ -162,6 +162,7 @@ def _channel_fields(channels, shape, unit, context):
     for s in channels: cost[s.layer] = s.cost(unit, context)
     return dict(kind='channels', cost=cost)
 
+# %% ../nbs/02b_choose_costs.ipynb #1f2e6c6d
 def units_of(
     found, # A `HeadMap` or a `ChannelMap`
     closed:Bool[Tensor, 'l u'], # What is closed already

@@ -107,6 +107,7 @@ def _weights(site, parts):
     found = {name: _holder(site.module.get_submodule(name)) for name in names}
     return [(f'{name}.weight', *holder, 2) for name, holder in found.items()]
 
+# %% ../nbs/004_decoder.ipynb #e3e1a92a
 def check_weights(
     where, # A layer of heads or channels, or a model: all its attention layers
     what:str, # What reads or writes the weights, for the message

@@ -96,6 +96,7 @@ class Places:
         for kind, table in self.tables.items(): table[~close[kind]] = NEVER
         return close
 
+# %% ../nbs/03c_elastic.ipynb #6fb4755f
 def no_places(
     found, # Sites of a whole model
     multiple:int, # Of channels kept in each layer
@@ -153,6 +154,7 @@ class Family:
         tensors = [t for part in self.factors.values() for t in tensors_of(part).values()]
         return sum(t.nbytes for t in [*self.places.tables.values(), *tensors])
 
+# %% ../nbs/03c_elastic.ipynb #f5b7e7ec
 def tensors_of(
     part, # A `Factor`, or moments
 ) -> dict: # Names to tensors

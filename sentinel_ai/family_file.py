@@ -92,6 +92,7 @@ def check_place(
     if least < 0 or most > NEVER: raise ValueError(
         f'places of {kind} run from {least} to {most}; allowed are 0 to {NEVER}')
 
+# %% ../nbs/03e_family_file.ipynb #b995b381
 def check_factor(
     at:str, # Kind and layer
     part:dict, # Its tensors

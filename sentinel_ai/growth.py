@@ -50,6 +50,7 @@ def _one_kind(**asked):
     raise ValueError('give either heads=..., layers=... or channels=...; '
                      'call grow once for each of them')
 
+# %% ../nbs/04c_growth.ipynb #29e27b90
 def grow(
     model:nn.Module, # A decoder; it is adapted if it isn't
     heads:int|dict|list|None=None, # A number, `{layer: number}`, or a list

@@ -193,6 +193,7 @@ def _read_all(path, verify):
             if rest: parts.setdefault(i, {})[rest] = f.get_tensor(name)
     return meta, parts
 
+# %% ../nbs/04a_memory.ipynb #dc07ce15
 def _records_of(path, meta, parts):
     "All records by their keys, checked."
     heads = [(str(i), x) for i, x in enumerate(meta['heads'])]

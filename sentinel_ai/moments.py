@@ -232,6 +232,7 @@ def _residual_tables(site, W, moments, n, out_grad):
     res['obs'] = torch.einsum('hdo,hde,hep,op->h', W, left, W, moments['out_grad'])
     return res
 
+# %% ../nbs/02a_moments.ipynb #1cc0388b
 @torch.no_grad()
 def layer_tables(
     site, # A layer of heads or of channels

@@ -267,6 +267,7 @@ def _check_layers(d):
         if kv > n: raise ValueError(f'the plan has {kv} KV heads in layer {l}, which has {n} heads')
     check_whole(d.get('columns', []), 'columns of the plan', high=max(len(d['heads']), 1), once=True)
 
+# %% ../nbs/00b_plan.ipynb #fbba6e49
 def _is_grown(row):
     "Is this what `grown_heads` says of a layer?"
     is_row = isinstance(row, (list, tuple)) and len(row) == 4 and all(map(is_whole, row[:3]))

@@ -17,7 +17,11 @@ from .measure import enough_ridge
 # %% ../nbs/03a_predict.ipynb #c0009
 REPAIRS = ('none', 'bias', 'linear', 'affine')
 
-def moments_for(mean, cov, kind):
+def moments_for(
+    mean:Float[Tensor, ' k'], # Mean of a projection's input
+    cov:Float[Tensor, 'k k'], # Its centred covariance
+    kind:str, # One of `REPAIRS`
+) -> Float[Tensor, 'k k']: # In float64
     "Second moments about the mean; about zero for a repair without a bias."
     mean, cov = mean.double(), cov.double()
     return cov + torch.outer(mean, mean) if kind == 'linear' else cov

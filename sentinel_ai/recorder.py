@@ -97,12 +97,14 @@ class Recorder:
         self.taps.close()
         if self.watch: self.watch.close()
 
-    def attention(self, site, *found):
-        "Add one call of attention."
-        sums, H, position = entropy_sums(self.valid, *found)
-        self.sums.add(site, **sums)
-        mine = self.sums[site]
-        mine['curve'] = longer_curve(mine.get('curve'), self.valid.shape[1], H, position)
+# %% ../nbs/02_recorder.ipynb #9dec19c9
+@patch
+def attention(self:Recorder, site, *found):
+    "Add one call of attention."
+    sums, H, position = entropy_sums(self.valid, *found)
+    self.sums.add(site, **sums)
+    mine = self.sums[site]
+    mine['curve'] = longer_curve(mine.get('curve'), self.valid.shape[1], H, position)
 
 # %% ../nbs/02_recorder.ipynb #c0026
 @patch

@@ -288,6 +288,7 @@ def out_weight(
     name = projection_name(m, lin)
     return f'{name}.weight', f'{name}.bias', in_dim(lin)
 
+# %% ../nbs/03a_repair.ipynb #477b5e6e
 @torch.no_grad()
 def move_param(
     m:nn.Module, # An adapted model

@@ -137,6 +137,7 @@ def check_values(self:PruneRequest, heads):
     text = 'calibration text: token ids, a DataLoader or a data set'
     check_allowed(self.batches is not None, 'batches=None', text)
 
+# %% ../nbs/03b_request.ipynb #32d14c0b
 def _pairs_table(found, pairs, unit):
     "Pairs `(layer, unit)` as a table."
     table = torch.zeros(found.shape, dtype=torch.bool)

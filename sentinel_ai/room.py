@@ -29,6 +29,7 @@ def _more_heads(hm, grown):
         sites[l] = site.widen(new)
     return replace(hm, sites=sites)
 
+# %% ../nbs/02h_room.ipynb #4cb2cc10
 def _more_channels(cm, grown):
     "The same for channels; without `grown`, the very map."
     if not grown: return cm

@@ -107,6 +107,7 @@ def choose_heads(self:PruneRequest, m, stats, goal, criterion) -> dict:
                          self.unit, *keep, self.context)
     return dict(heads=close)
 
+# %% ../nbs/03b_rounds.ipynb #47814b18
 @patch
 def priced_units(self:PruneRequest, m, stats) -> list: # `Units` of heads and of channels
     "What closing each unit of both kinds does; the head that is worth most stays."
@@ -138,6 +139,7 @@ def note_unseen(self:PruneRequest, site, moments):
     unseen = (moments['rows'] == 0).nonzero().flatten().tolist()
     if unseen: self.info.setdefault('unseen_experts', {})[str(site.layer)] = unseen
 
+# %% ../nbs/03b_rounds.ipynb #a55df848
 @patch
 def repair_sites(self:PruneRequest, m, stats, new, skip) -> dict:
     "Repair each layer of which units are pruned now. Returns raised ridges by layer."

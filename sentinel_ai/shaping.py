@@ -166,6 +166,7 @@ def _only_columns(m, sites):
     is_cut = lambda s: s.stay == 'qkv' and s.n_heads < built[s.layer].n_heads
     return {s.layer for s in sites if s is not None and is_cut(s)}
 
+# %% ../nbs/02g_shaping.ipynb #4c3ba842
 def apply_plan(
     m:nn.Module, # An adapted model
     plan:HeadPlan, # What it shall keep

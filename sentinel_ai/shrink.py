@@ -73,6 +73,7 @@ def _joined(note, mine, its):
     was = (mine == note['after'].to(mine)) & (its == note['new'].to(its))
     return torch.where(was, note['before'].to(mine), mine + its)
 
+# %% ../nbs/04c_shrink.ipynb #698cc98b
 @torch.no_grad()
 def _joined_before_repair(m, notes):
     "`{name: (dim, columns of donors, values)}`, of projections that repair remembers."
@@ -176,6 +177,7 @@ def _check_ungrow(m, hm, native):
     if not keep.any(): raise ValueError(
         'only heads that grew are left; reattach one of the others first')
 
+# %% ../nbs/04c_shrink.ipynb #a2d3ed77
 def ungrow(
     model:nn.Module, # A model whose heads or channels grew
     optimizer:torch.optim.Optimizer|None=None, # Its moments are cut too

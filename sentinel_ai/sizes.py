@@ -51,6 +51,7 @@ def units(self:Family,
         return units_of(getattr(found, kind), none, unit, context, worth=none.float())
     return {kind: of(kind, exists) for kind, exists in self.places.exists.items()}
 
+# %% ../nbs/03d_sizes.ipynb #3ef93966
 @patch
 def saved(self:Family,
     units:dict, # What `units` gave

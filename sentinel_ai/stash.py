@@ -54,6 +54,7 @@ def _moments(p, optimizer):
     is_like = lambda v: isinstance(v, Tensor) and v.ndim and v.shape == p.shape
     return state, [key for key, value in state.items() if is_like(value)]
 
+# %% ../nbs/02f_stash.ipynb #9808f269
 @torch.no_grad()
 def hold_places(
     p:Tensor, # A parameter

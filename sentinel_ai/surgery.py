@@ -71,6 +71,7 @@ def _check_mlps(m, bad, what):
         f'{type(mlp).__name__}: without the closed channels the MLP is not '
         f'what it was ({what}). {_AS_BEFORE}register_mlp')
 
+# %% ../nbs/03_surgery.ipynb #e3f94789
 def _columns_only(m, bad, seen, optimizer):
     "Where heads differ, prune only columns; raise if that differs too."
     why = [f'{kind} of layer {l}: {reason}' for (kind, l), reason in bad.items()]

@@ -50,6 +50,7 @@ def _tensor_mark(t, name, tensors):
     tensors[name] = held.clone() if is_shared else held
     return {'$tensor': name}
 
+# %% ../nbs/00da_trees.ipynb #e65b2bb8
 def _dict_tree(state, sub):
     "A dict as it is where its keys are plain strings, else as a list of pairs."
     def is_plain(key): return isinstance(key, str) and key[:1] != '$'
@@ -65,6 +66,7 @@ def _array(dtype, values):
     if not is_number: raise ValueError(f'{str(dtype)[:40]!r} is no type of numbers')
     return np.array(values, dtype=kinds)
 
+# %% ../nbs/00da_trees.ipynb #326bb0bb
 def join_state(tree, tensors:dict):
     "The state that `split_state` split."
     sub = lambda v: join_state(v, tensors)
