@@ -14,10 +14,12 @@ from .foreign import check_file, damaged
 
 # %% ../nbs/07c_deci.ipynb #c0072
 class Deci:
-    "A `deci` model; `get` gives the tensor of a name in float32, or None."
-    def __init__(self, get, meta):
+    "A `deci` model; `get` gives the tensor of a name in float32, or None; `other` has further facts of a file."
+    def __init__(self, get, meta, other=None):
         self.get = get
         self.meta = meta
+        self.other = other or {}
+        self.names = []
         self.head_dim = meta['attention.key_length']
 
     def linear(self, x, name):
@@ -87,6 +89,15 @@ def gguf_package():
         "GGUF files need the package gguf: pip install 'sentinel-ai[gguf]'") from e
     return gguf
 
+# what a file says besides its words: thousands of tokens take seconds to read
+_TOLD = 'deci.', 'sentinel.', 'tokenizer.huggingface', 'tokenizer.chat_template', *(
+    f'tokenizer.ggml.{name}_token_id' for name in ('bos', 'eos', 'eot', 'eom', 'pad', 'unknown'))
+
+def _numbers(t):
+    "A tensor of a file in float32, whatever it was quantised to."
+    values = gguf_package().quants.dequantize(t.data, t.tensor_type)
+    return torch.from_numpy(values.copy()).float()
+
 def read_deci(
     path:str|os.PathLike, # A file of architecture `deci`
 ) -> Deci:
@@ -94,16 +105,18 @@ def read_deci(
     check_file(path)
     with damaged(path):
         reader = gguf_package().GGUFReader(path)
-        data = {t.name: t.data for t in reader.tensors}
-        meta = {key.removeprefix('deci.'): field.contents()
-                for key, field in reader.fields.items() if key.startswith('deci.')}
+        tensors = {t.name: t for t in reader.tensors}
+        facts = {key: field.contents() for key, field in reader.fields.items() if key.startswith(_TOLD)}
     def get(name):
-        if name not in data: return None
-        return torch.from_numpy(data[name].copy()).float()
-    with damaged(path): return Deci(get, meta)
+        if name not in tensors: return None
+        return _numbers(tensors[name])
+    meta = {key.removeprefix('deci.'): fact for key, fact in facts.items() if key.startswith('deci.')}
+    with damaged(path): model = Deci(get, meta, facts)
+    model.names = [*tensors]
+    return model
 
 def gguf_logits(
-    path:str|os.PathLike, # A file of architecture `deci`, in float16 or float32
+    path:str|os.PathLike, # A file of architecture `deci`, quantised or not
     ids:Int[Tensor, ' t'], # Tokens
 ) -> Float[Tensor, 't v']:
     "What llama.cpp computes for a `deci` file, in PyTorch and float32."

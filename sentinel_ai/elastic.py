@@ -27,17 +27,14 @@ import sentinel_ai.pruning  # noqa: F401
 class Factor:
     "The order of a layer's inputs, kept longest first, and the triangle that repairs every prefix."
     order: Int[Tensor, ' k']      # Inputs of the projection
-    L: Float[Tensor, 'k k']       # Of their covariance with the ridge, lower
+    M: Float[Tensor, 'k k']       # Inverse factor of their covariance with the ridge, lower
     mean: Float[Tensor, ' k']     # In the layer's own order
 
-    def predict(self, kept:int) -> tuple: # `T` `[s, d]`, and masks `[k]` of what is pruned and kept
-        "Pruned inputs from the first `kept` ones, both in the layer's own order."
-        S, P = self.order[:kept], self.order[kept:]
-        L_SS, L_PS = self.L[:kept, :kept], self.L[kept:, :kept]
-        T = torch.linalg.solve_triangular(L_SS.mT, L_PS.mT, upper=True)
-        keep = torch.zeros(len(self.order), dtype=torch.bool)
-        keep[S] = True
-        return T[S.argsort()][:, P.argsort()], ~keep, keep
+    def predict(self, kept:int) -> tuple: # `T` `[s, d]`, and which inputs are pruned `[d]` and kept `[s]`
+        "Pruned inputs from the first `kept` ones, both in the family's order."
+        M_PP, M_PS = self.M[kept:, kept:], self.M[kept:, :kept]
+        T = torch.linalg.solve_triangular(M_PP.mT, -M_PS.mT, upper=True, left=False)
+        return T, self.order[kept:], self.order[:kept]
 
 # %% ../nbs/03c_elastic.ipynb #31f547b9
 def factor_of(
@@ -51,7 +48,9 @@ def factor_of(
     C, mean = moments_for(gram['mean'], gram['cov'], kind), gram['mean'].double()
     at = order.to(C.device)
     _, L = enough_ridge(C[at][:, at], lam, mean[at], own)
-    return Factor(order.cpu(), L.float().cpu(), mean.float().cpu())
+    one = torch.eye(len(L)).to(L)
+    M = torch.linalg.solve_triangular(L, one, upper=False)
+    return Factor(order.cpu(), M.float().cpu(), mean.float().cpu())
 
 # %% ../nbs/03c_elastic.ipynb #93d5e712
 NEVER = 2**62     # the place of units that no size prunes

@@ -16,7 +16,8 @@ from .gguf_export import export_gguf, gguf_logits, pre_tokenizer
 from .heads import HEAD_COUNTS, base_model, core_linear, first_attr, in_dim
 from .io import whole
 from sentinel_ai.layout import (
-    Kept, KeptChannels, channel_rows, down_weight, even_layout,
+    Kept, KeptChannels, any_folded, channel_rows,
+    down_weight, even_layout,
     exported, kept_channels, kept_heads, out_weight, slot_rows,
     take_rows)
 from .skeleton import (
@@ -190,7 +191,7 @@ def export_hf(
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
         back = AutoModelForCausalLM.from_pretrained(tmp, dtype=m.dtype)
         _, got = probe_logits(back)
-        error = check_same(got, want, m.dtype, 'the plain checkpoint')
+        error = check_same(got, want, m.dtype, 'the plain checkpoint', any_folded([*kept, *mlps]))
     files = list(dir.glob('*.safetensors'))
     return exported(dir, kept, mlps, m.dtype, m.config.hidden_size, files, error)
 

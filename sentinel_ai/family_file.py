@@ -21,20 +21,20 @@ def packed(
 ) -> dict: # Names to tensors
     "What a file holds of a layer: a triangle without its zeros."
     tensors = tensors_of(part)
-    if 'L' not in tensors: return tensors
+    if 'M' not in tensors: return tensors
     n = len(tensors['order'])
     rows, columns = torch.tril_indices(n, n)
-    return dict(tensors, L=tensors['L'][rows, columns])
+    return dict(tensors, M=tensors['M'][rows, columns])
 
 def unpacked(
     numbers, # `[n·(n+1)/2]`
     n:int, # Inputs of the layer
 ): # `[n, n]`
     "A triangle from what was packed."
-    L = numbers.new_zeros(n, n)
+    M = numbers.new_zeros(n, n)
     rows, columns = torch.tril_indices(n, n)
-    L[rows, columns] = numbers
-    return L
+    M[rows, columns] = numbers
+    return M
 
 # %% ../nbs/03e_family_file.ipynb #a4af4d0a
 def save_family(
@@ -100,8 +100,8 @@ def check_factor(
 ):
     "Raise `ValueError` unless these are a factor, or moments, of a layer with so many inputs."
     triangle = width*(width + 1)//2
-    is_factor = 'L' in part
-    if is_factor: shapes = dict(order=[width], L=[triangle], mean=[width])
+    is_factor = 'M' in part
+    if is_factor: shapes = dict(order=[width], M=[triangle], mean=[width])
     else: shapes = dict(mean=[width], cov=[width, width])
     for name, shape in shapes.items():
         have = list(part[name].shape) if name in part else None
@@ -119,14 +119,14 @@ def read_factor(
     width:int, # Inputs of the layer
 ): # A `Factor`, or moments
     "What repairs a layer, checked."
-    names = 'order', 'L', 'mean', 'cov', 'rows'
+    names = 'order', 'M', 'mean', 'cov', 'rows'
     part = {name: tensors[f'{at}/{name}'] for name in names if f'{at}/{name}' in tensors}
     check_factor(at, part, width)
-    if 'L' not in part: return part
-    L = unpacked(part['L'], width)
-    is_sound = bool((L.diagonal() > 0).all())
+    if 'M' not in part: return part
+    M = unpacked(part['M'], width)
+    is_sound = bool((M.diagonal() > 0).all())
     if not is_sound: raise ValueError(f'{at}: a triangle whose diagonal is not positive')
-    return Factor(part['order'], L, part['mean'])
+    return Factor(part['order'], M, part['mean'])
 
 # %% ../nbs/03e_family_file.ipynb #fa968d73
 def read_family(

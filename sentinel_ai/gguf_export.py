@@ -6,19 +6,23 @@
 __all__ = ['export_gguf', 'gguf_logits', 'pre_tokenizer']
 
 # %% ../nbs/07c_gguf.ipynb #84e8e8fc
-import os, torch
+import json, os, torch
 from torch import nn
+from .adaptive import plain_class
+from .config import public_name
+from .state import state_of
+from .surgery import HeadPlan
 from .io import whole
 from .heads import base_model
 from .loaders import load_tokenizer
-from .layout import exported
+from .layout import any_folded, exported
 from .exported import (
     Exported, check_free, check_same, probe_logits, relative_distance)
 from .gguf_tensors import (
     check_computation, check_tensors,
     gguf_tensors, laid_out, deci_meta)
 from .gguf_tokenizer import (
-    check_tokenizer, pre_tokenizer, write_tokenizer)
+    check_tokenizer, pre_tokenizer, stop_tokens, write_tokenizer)
 from .deci import (
     Deci, gguf_package, gguf_logits, read_deci)
 
@@ -48,6 +52,16 @@ def _model_name(m):
     path = getattr(m.config, '_name_or_path', '').rstrip('/')
     return path.rpartition('/')[2] or m.config.model_type
 
+def _shape_of(m):
+    "What a reader needs to build the model: its config and its plan, as JSON."
+    base = m.config.to_dict()
+    base['_name_or_path'] = public_name(m.config)
+    plan = HeadPlan.from_gates(m) if state_of(m) is not None else None
+    is_cut = plan is not None and not (plan.whole and not plan.has_grown)
+    told = dict(base=base, base_class=plain_class(m).__name__, plan=plan.to_dict() if is_cut else None)
+    if is_cut: told['plan'].pop('info', None)
+    return json.dumps(told, sort_keys=True)
+
 def _write_gguf(path, m, tensors, meta, dtype, tok, kind):
     w = gguf_package().GGUFWriter(path, 'deci')
     w.add_name(_model_name(m))
@@ -55,7 +69,9 @@ def _write_gguf(path, m, tensors, meta, dtype, tok, kind):
     add = {int: w.add_uint32, float: w.add_float32, list: w.add_array}
     for key, value in meta.items(): add[type(value)](f'deci.{key}', value)
     w.add_tokenizer_model(kind[0])
-    if tok is not None: write_tokenizer(w, tok, meta['vocab_size'], *kind)
+    w.add_string('sentinel.model', _shape_of(m))
+    stops = stop_tokens(m.generation_config, tok)
+    if tok is not None: write_tokenizer(w, tok, meta['vocab_size'], *kind, stops)
     _write_tensors(w, tensors, dtype)
 
 # %% ../nbs/07c_gguf.ipynb #b78167ab
@@ -119,7 +135,7 @@ def _export(m, path, tok, dtype, kind):
     meta = deci_meta(m, tensors, kept)
     ids, want = probe_logits(m)
     def get(name): return tensors[name].float() if name in tensors else None
-    check_same(Deci(get, meta)(ids), want, m.dtype, "llama.cpp's `deci`")
+    check_same(Deci(get, meta)(ids), want, m.dtype, "llama.cpp's `deci`", any_folded([*kept, *mlps]))
     with whole(path) as tmp:
         _write_gguf(tmp, m, tensors, meta, dtype, tok, kind)
         written = _check_file(tmp, tensors, meta, dtype)

@@ -78,9 +78,9 @@ def rows(self:MlpSite,
         f'layer {self.layer} ({self.path}): no rows for {part!r}; '
         f'parts with rows of their own: {list(self.proj) or "none"}')
     channels = torch.as_tensor(idx, dtype=torch.long, device='cpu').reshape(-1)
-    bad = [c for c in channels.tolist() if not 0 <= c < self.n]
-    if bad: raise ValueError(
-        f'layer {self.layer} has channels 0 to {self.n-1}, not {bad[0]}')
+    bad = channels[(channels < 0) | (channels >= self.n)]
+    if len(bad): raise ValueError(
+        f'layer {self.layer} has channels 0 to {self.n-1}, not {int(bad[0])}')
     rows = _LAYOUTS[self.layout](channels, self.n, int(part == 'up'))
     return self.proj[part], rows
 

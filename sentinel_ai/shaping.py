@@ -247,11 +247,18 @@ def _places_by_site(built, plan):
     if built.channels is None or plan.channels is None: return
     for site in built.channels: yield site, site.places(plan.channels.kept(site.layer))
 
+def _any_shared(built):
+    "Has any parameter a place in two of the modules that hold units?"
+    maps = built.heads.sites, [] if built.channels is None else built.channels.sites
+    held = [id(p) for found in maps for site in found if site is not None for p in site.module.parameters()]
+    return len(set(held)) < len(held)
+
 def check_shared(
     built, # The `Sites` as built
     plan:HeadPlan, # Which units are kept
 ):
     "Raise if layers that share a parameter would hold different parts of it."
+    if not _any_shared(built): return
     seen = {}
     for site, places in _places_by_site(built, plan):
         for name, (_, _, idx) in places.items():

@@ -150,6 +150,9 @@ def size_repair(
     if isinstance(part, dict): return repair_layer(m, site, close, part, repair, ridge)
     T, drop, keep = part.predict(int((~close).sum())*site.width)
     if repair == 'bias': T = torch.zeros_like(T)
+    if site.kind == 'channels':                           # remembered in the layer's own order
+        by = drop.argsort()
+        T, drop = T[:, by], drop[by]
     has_bias = repair in ('bias', 'affine')
     t0 = part.mean[drop] - part.mean[keep] @ T if has_bias else T.new_zeros(T.shape[1])
     drop, keep, T, t0 = (t.to(site.weight.device) for t in (drop, keep, T, t0))
@@ -185,7 +188,7 @@ def resize(
     check_edit(model, 'resize')
     family, target = family_of(m), Target(None, params, kv_bytes, flops, ms, context)
     name, value = target.given()
-    with transaction(m, optimizer):
+    with transaction(m, optimizer, alone=True):
         unprune(m, optimizer)
         if name == 'ms': step = step_in_time(m, family, value, context)
         else: step = family.step_for(m.sentinel.now, target, idle_params(m))

@@ -41,6 +41,7 @@ def _hold(t, parts, dim, held, idx, size):
     if torch.equal(held, idx): return t, parts
     if t.is_meta: return t.new_empty(_shape(t, dim, len(idx))), []
     full = _assembled(t, parts, dim, held, size)
+    if torch.equal(idx, _every(size)): return full, []
     kept = full.index_select(dim, idx.to(t.device))
     pruned = _known_besides(idx, parts, held, size)
     if not len(pruned): return kept, []

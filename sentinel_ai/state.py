@@ -291,11 +291,18 @@ def _current(): return getattr(_LOCAL, 'now', None)
 
 class Transaction:
     "What a model was before an edit."
-    def __init__(self, model=None, optimizer=None):
-        self.outer = _current()
-        self.held = [] if model is None else _snapshots_of(base_model(model))
+    def __init__(self, model=None, optimizer=None, alone=False):
+        self.outer, self.model = _current(), None if model is None else base_model(model)
+        self.alone = alone
+        self.held = [] if model is None or self.is_covered() else _snapshots_of(self.model)
         self.others, self.copies, self.files = {}, {}, {}
         if optimizer is not None: self.others[id(optimizer)] = _Optimizer(optimizer)
+
+    def is_covered(self) -> bool:
+        "Will an outer transaction that is alone put the model back?"
+        outer = self.outer
+        while outer is not None and not (outer.alone and outer.model is self.model): outer = outer.outer
+        return outer is not None
 
     def hold(self, *objects):
         "Remember other objects that the edit changes, with their tensors: a scheduler, a controller."
@@ -347,9 +354,10 @@ def rollback(self:Transaction):
 def transaction(
     model:nn.Module|None=None, # Any decoder, adapted or not; None: only what `hold` is told
     optimizer:torch.optim.Optimizer|None=None, # Part of it, if one is given
+    alone:bool=False, # Edits within need no snapshot of their own: what stops one of them stops the block
 ):
     "Whatever stops the block puts back weights, shapes, gates, hooks, moments, repairs, memory and agency."
-    tx = Transaction(model, optimizer)
+    tx = Transaction(model, optimizer, alone)
     try:
         _LOCAL.now = tx
         yield tx

@@ -220,7 +220,7 @@ def changed_file(path, out, change):
     write_tensors(out, tensors, sentinel_family='1', facts=json.dumps(facts))
 
 
-def longest(t): return max((k for k in t if k.endswith('/L')), key=lambda k: t[k].numel())
+def longest(t): return max((k for k in t if k.endswith('/M')), key=lambda k: t[k].numel())
 
 
 CHANGES = {
