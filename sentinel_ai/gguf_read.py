@@ -6,20 +6,16 @@
 __all__ = ['told_config', 'biased', 'fill', 'stops_of', 'read_gguf', 'read_tokenizer']
 
 # %% ../nbs/07c_gguf_read.ipynb #d20deac0
-import copy, json, os, torch
+import json, os, torch
 from torch import nn
-from jaxtyping import Float
-from torch import Tensor
 from .config import SentinelConfig
-from .adaptive import plain_class
-from .deci import Deci, gguf_package, read_deci
+from .deci import Deci, read_deci
 from .exported import check_same, own_tensors, probe_logits
 from .folder import check_scale
 from .foreign import check_fields
 from .gguf_tensors import apart, gguf_name, laid_out, rope_scale
-from .heads import core_linear, fresh_config
+from .heads import core_linear
 from .layout import slot_rows
-from .loaders import GGUF_READERS
 from .reading import SentinelForCausalLM
 
 # %% ../nbs/07c_gguf_read.ipynb #a36759bc
@@ -94,11 +90,12 @@ def fill(
     file:Deci, # An opened file
 ):
     "Give a model the numbers of a file. Raises `ValueError` for what is missing or doesn't fit."
-    is_tied = m.config.tie_word_embeddings
-    for name, p in own_tensors(m).items():
-        is_elsewhere = _is_apart(name) or p.numel() == 0 or is_tied and name == 'lm_head.weight'
-        if not is_elsewhere: p.copy_(_of_size(file, gguf_name(name), p.shape))
     kept, _ = laid_out(m)
+    needless = {f'model.layers.{k.layer}.input_layernorm.weight' for k in kept if not k.layout[0]}
+    if m.config.tie_word_embeddings: needless.add('lm_head.weight')
+    for name, p in own_tensors(m).items():
+        is_elsewhere = _is_apart(name) or name in needless or p.numel() == 0
+        if not is_elsewhere: p.copy_(_of_size(file, gguf_name(name), p.shape))
     for k in kept: _fill_attention(m, file, k)
 
 # %% ../nbs/07c_gguf_read.ipynb #b6bc4126
@@ -164,5 +161,3 @@ def read_tokenizer(
     chat = file.other.get('tokenizer.chat_template')
     if chat is not None: given['chat_template'] = chat
     return PreTrainedTokenizerFast(tokenizer_object=words, **given | kwargs)
-
-GGUF_READERS['deci'] = read_gguf, read_tokenizer

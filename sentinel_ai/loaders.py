@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'GGUF_READERS', 'resolve', 'explain', 'gguf_architecture'
            'load_adaptive_model', 'load_tokenizer']
 
 # %% ../nbs/07_loaders.ipynb #c0002
-import copy, difflib, errno, os, re, struct, torch
+import copy, difflib, errno, importlib, os, re, struct, torch
 from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
@@ -174,7 +174,7 @@ def _check_size(cfg, path, kwargs):
     check_scale(path, cfg.get_text_config(), shapes_in(weight_files(path, **where)))
 
 # %% ../nbs/07_loaders.ipynb #4a5b6b53
-GGUF_READERS = {}     # architecture to what reads its model and its tokenizer
+GGUF_READERS = dict(deci='sentinel_ai.gguf_read')     # architecture to the module that reads it
 
 def gguf_architecture(
     path:str|os.PathLike, # A file
@@ -193,12 +193,11 @@ def gguf_architecture(
 
 def own_reader(
     path:str, extra:dict, # What `resolve` gave
-) -> tuple: # Path, and what reads the model and the tokenizer; None for a file that is left to transformers
+) -> tuple: # The file, and a module with `read_gguf` and `read_tokenizer`; None, None if transformers reads it
     "Who reads a GGUF file."
-    if not extra: return None
-    file = Path(path)/extra['gguf_file']
-    readers = GGUF_READERS.get(gguf_architecture(file))
-    return None if readers is None else (file, *readers)
+    file = Path(path)/extra.get('gguf_file', '')
+    name = GGUF_READERS.get(gguf_architecture(file)) if extra else None
+    return (None, None) if name is None else (file, importlib.import_module(name))
 
 # %% ../nbs/07_loaders.ipynb #c0016
 _WHERE = (
@@ -219,8 +218,8 @@ def load_baseline_model(
     if model_name in EMBEDDED: kwargs.setdefault('dtype', torch.float32)
     where = {key: kwargs[key] for key in _WHERE if key in kwargs}
     with explain(os.fspath(model_name)):
-        own = own_reader(path, extra)
-        if own is not None: return own[1](own[0], device=device, **kwargs)
+        file, reader = own_reader(path, extra)
+        if reader is not None: return reader.read_gguf(file, device=device, **kwargs)
         cfg = kwargs.get('config')
         if not cfg: cfg = AutoConfig.from_pretrained(path, **where, **extra)
         _check_config(cfg, model_name)
@@ -257,6 +256,6 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     path, extra = resolve(model_name)
     with explain(os.fspath(model_name)):
-        own = own_reader(path, extra)
-        if own is not None: return own[2](own[0], **kwargs)
+        file, reader = own_reader(path, extra)
+        if reader is not None: return reader.read_tokenizer(file, **kwargs)
         return AutoTokenizer.from_pretrained(path, **extra, **kwargs)

@@ -158,7 +158,7 @@ def _check_parts(name, record, parts, p):
         shape = [*part.shape[:dim], *part.shape[dim+1:]]
         if not is_like or part.shape[dim] != len(index) or shape != rest: raise ValueError(
             f'{list(part.shape)} was cut out of {name}, which is {list(p.shape)}')
-    if len(indices) not in (0, lost): raise ValueError(
+    if len(indices) > lost: raise ValueError(
         f'{len(indices)} entries were cut out of {name}, which lacks {lost}')
 
 def _check_names(m, info):

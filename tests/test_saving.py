@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from sentinel_ai import (GateConfig, adapt, compact, gate_values, grow, harden_gates, merge_gates, prune, random_model, set_gates, unadapt,
-                         unmerge_gates)
+from sentinel_ai import (GateConfig, adapt, compact, expand, gate_values, grow, harden_gates, merge_gates, prune,
+                         random_model, set_gates, unadapt, unmerge_gates)
 from sentinel_ai import io
 from sentinel_ai.checkpoint import load_checkpoint, save_checkpoint
 from sentinel_ai.adaptive import AdaptiveMixin
@@ -341,3 +341,18 @@ def test_saved_any_number_of_times(name, tmp_path):
     grow(model, layers=[0])
     model.save_pretrained(tmp_path/'deeper')
     for i in range(3): assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path/str(i))), want)
+
+
+def test_pruned_further_after_a_save_without_memory(tmp_path):
+    "What was cut out before isn't known, what is cut out now is: the folder is read, and only as much comes back."
+    m, text = load_adaptive_model('tiny-llama'), torch.arange(1024).view(8, 128)
+    prune(m, params=.9, batches=text, rounds=1, progress=False)
+    compact(m)
+    m.save_pretrained(tmp_path/'a', memory=False)
+    m = load_adaptive_model(tmp_path/'a')
+    prune(m, params=.95, batches=text, rounds=1, progress=False)
+    compact(m)
+    m.save_pretrained(tmp_path/'b')
+    back = load_adaptive_model(tmp_path/'b')
+    with torch.no_grad(): assert torch.equal(back(text[:1]).logits, m(text[:1]).logits)
+    with pytest.raises(RuntimeError, match="weren't saved"): expand(back)
