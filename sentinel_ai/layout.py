@@ -245,11 +245,14 @@ def down_weight(
     return _columns(k.site, slots, gates)
 
 # %% ../nbs/07b_layout.ipynb #c0024
+_NAMES = dict(f32='float32', f16='float16')
+_SIZES = dict(f32=4, f16=2, q8_0=34/32)        # bytes of a number
+
 def exported(
     path:Path, # What was written
     kept:list, # A `Kept` for each layer, with its layout
     mlps:list, # A `KeptChannels` for each MLP, with its slots
-    dtype:torch.dtype, # Type of the weights
+    dtype, # Type of the weights: of torch, or llama.cpp's name
     width:int, # The model's
     files:list, # The files that hold the weights
     error:float, # Relative distance of the logits when read back
@@ -261,10 +264,10 @@ def exported(
     added = (slots - heads + kv_slots - kv_heads) * 2*head_dim*width
     return Exported(
         path=path,
-        dtype=str(dtype).removeprefix('torch.'),
+        dtype=_NAMES.get(dtype, str(dtype).removeprefix('torch.')),
         layers=layers,
         file_bytes=sum(file.stat().st_size for file in files),
-        added_bytes=(added + _of_zeros(mlps)) * dtype.itemsize,
+        added_bytes=round((added + _of_zeros(mlps)) * _SIZES.get(dtype, getattr(dtype, 'itemsize', 0))),
         cache=kv_slots * 2*head_dim,
         cache_needed=kv_heads * 2*head_dim,
         error=error,

@@ -184,3 +184,14 @@ def test_files_are_compared_in_float32(tmp_path):
     export_gguf(m, tmp_path/'m.gguf', False, 'f32')                    # frequencies travel along
     m.model.norm.variance_epsilon = .3
     with pytest.raises(UnsupportedArchitecture, match='other logits'): export_gguf(m, tmp_path/'m.gguf', False)
+
+
+def test_eight_bits(tmp_path):
+    "Matrices whose rows are no multiple of 32 stay in float16; what is read is what was written."
+    m = closed(adapt(random_model('llama', hidden_size=64, intermediate_size=96)), [(0, 1)], [(0, c) for c in range(40)])
+    done = export_gguf(m, tmp_path/'m.gguf', False, 'q8_0')
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path/'m.gguf').tensors}
+    assert kinds['blk.1.ffn_down.weight'] == 'Q8_0' and kinds['blk.0.ffn_down.weight'] == 'F16'
+    assert kinds['output_norm.weight'] == 'F32' and done.dtype == 'q8_0' and 0 < done.error < .05
+    want = logits(m)
+    assert (logits(load_baseline_model(tmp_path/'m.gguf')) - want).norm()/want.norm() < .05
