@@ -10,6 +10,7 @@ from .merge import merge_gates, unmerge_gates
 from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
 from .pruning import close_heads, prune, undo_repair, unprune
+from .stream import compensate
 from .elastic import elastic
 from .sizes import resize
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates

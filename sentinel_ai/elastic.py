@@ -240,6 +240,7 @@ def elastic(
     m = base_model(model)
     request = PruneRequest(params=float(least), batches=batches, rounds=rounds,
                            kinds=('heads', 'channels'), min_heads=min_heads, **options)
+    check_allowed(not request.compensate, 'compensate=True', 'compensate(model, batches) after resize')
     with transaction(m):                        # a plain model that is refused is plain again
         check_whole_model(adapt(m))
         request.resolve(m)

@@ -202,6 +202,7 @@ def _renumber_names(m, order, names):
     repairs.channels = {to[l]: r for l, r in repairs.channels.items()}
     bridges = repairs.bridges.items()
     repairs.bridges = {(kind, to[l]): r | dict(name=_base_name(name, r['name'])) for (kind, l), r in bridges}
+    repairs.followed = {(kind, to[l]): x for (kind, l), x in repairs.followed.items()}
     state.grown = [note(n) for n in state.grown]
 
 def _base_name(name, path):

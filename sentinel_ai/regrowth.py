@@ -187,6 +187,25 @@ def as_repaired(
     return res
 
 # %% ../nbs/04b_regrowth.ipynb #c0108
+def _as_before(m, name):
+    "Give a parameter back what it was before it made up for others; what training did is kept."
+    old, new = m.sentinel.repairs.changed.pop(name)
+    now = full_param(m, name)
+    if old is not None: return put_full(m, name, old if torch.equal(now, new) else now + old - new)
+    path, _, leaf = name.rpartition('.')
+    if torch.equal(now, new): return setattr(core_linear(m.get_submodule(path)), leaf, None)
+    put_full(m, name, now - new)
+
+def _unfollow(m):
+    "Once nothing is missing, no layer has errors from before to make up for."
+    repairs = m.sentinel.repairs
+    if repairs.predictors or repairs.channels or repairs.bridges: return
+    for site in m.sentinel.built:
+        if (site.kind, site.layer) not in repairs.followed: continue
+        for name in out_names(m, site):
+            if name in repairs.changed: _as_before(m, name)
+    repairs.followed.clear()
+
 def _owes(m, kind, layer, name):
     "Does a projection still make up for pruned units?"
     repairs = m.sentinel.repairs
@@ -215,6 +234,7 @@ def settle(
                 continue
             path, _, leaf = name.rpartition('.')
             setattr(core_linear(m.get_submodule(path)), leaf, None)
+    _unfollow(m)
 
 # %% ../nbs/04b_regrowth.ipynb #4355a935
 @patch

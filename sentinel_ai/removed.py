@@ -67,6 +67,7 @@ def _bridges(repairs):
             tensors[f'bridge/{kind}/{layer}/{key}'] = record[key]
         fact = [kind, layer, record['name'], has_bias]
         facts.setdefault('bridges', []).append(fact)
+    if repairs.followed: facts['followed'] = [[*key] for key in repairs.followed]
     return tensors, facts
 
 # %% ../nbs/07a_removed.ipynb #c0062
@@ -91,8 +92,8 @@ def save_removed(
 def _check_info(info, n):
     "Raise `ValueError` for facts that no file of `n` tensors has."
     check_fields(info, 'info')
-    check_fields(dict(repaired=[], predictors=[], channels=[], bridges=[]) | info, 'info',
-                 repaired=list, predictors=list, channels=list, bridges=list)
+    lists = dict.fromkeys(('repaired', 'predictors', 'channels', 'bridges', 'followed'), list)
+    check_fields({name: [] for name in lists} | info, 'info', **lists)
     for unit in info.get('predictors', ()): check_whole([*unit, len(unit)], 'a predicted head')
     for layer, count in info.get('channels', ()):
         check_whole([layer, count], 'predicted channels', high=n + LARGEST)
@@ -144,7 +145,8 @@ def _read_repairs(held, m):
         keys = ('B', 'b') if has_bias else ('B',)
         record = dict(b=None) | held.record(f'bridge/{kind}/{layer}', keys)
         bridges[kind, layer] = dict(name=name) | record
-    return RepairLog(changed, predictors, channels, bridges)
+    followed = {(kind, layer): True for kind, layer in info.get('followed', ())}
+    return RepairLog(changed, predictors, channels, bridges, followed)
 
 # %% ../nbs/07a_removed.ipynb #c0065
 def _check_parts(name, record, parts, p):

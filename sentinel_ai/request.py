@@ -44,6 +44,7 @@ class PruneRequest(Target):
     ridge: float = 1e-2 # Of heads
     channel_ridge: float = CHANNEL_RIDGE # Of channels
     seed: int = 0 # For criterion='random'
+    compensate: bool = False # For errors of layers before
     optimizer: object = None # Whose moments a memory takes
     progress: bool = True # Show bars
     unit: str = field(init=False, default=None) # Of the goal
@@ -114,6 +115,9 @@ def check_names(self:PruneRequest):
     check_allowed(can_scope, "scope='layer' with a budget", 'amount= with it')
     kind = self.repair
     check_allowed(kind in REPAIRS, f'repair={kind!r}', f'one of {REPAIRS}')
+    is_repaired = kind in ('linear', 'affine')
+    check_allowed(is_repaired or not self.compensate, f'compensate=True with repair={kind!r}',
+                  "it with repair='affine' or 'linear'")
 
 # %% ../nbs/03b_request.ipynb #66a35199
 @patch

@@ -19,7 +19,7 @@ from .experts import idle_params
 from .foreign import is_finite
 from .gates import check_edit, need_adapted, set_gates
 from .heads import out_features
-from .pruning import unprune
+from .undo import unprune
 from .ranks import check_allowed
 from .repair import repair_layer, write_repair
 from .state import transaction

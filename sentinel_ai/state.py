@@ -25,6 +25,7 @@ class RepairLog:
     predictors: dict = field(default_factory=dict) # By (layer, head)
     channels: dict = field(default_factory=dict)   # By layer
     bridges: dict = field(default_factory=dict)    # By (kind, layer)
+    followed: dict = field(default_factory=dict)   # By (kind, layer): True if only errors from before were made up for
     lost: bool = False        # Was some of it not saved with the model?
 
     def __bool__(self):
