@@ -47,15 +47,15 @@ def test_on_the_matrix(name, tmp_path):
     m.save_pretrained(tmp_path)
     again = load_adaptive_model(str(tmp_path))
     assert torch.allclose(logits(again), logits(m), atol=1e-5)
-    for x in (again, m):
-        unprune(x)
-        assert torch.equal(logits(x), before)
+    first = {n: p for n, p in weights(unprune(m)).items() if 'sentinel' not in n}
+    assert torch.equal(logits(m), before)
+    assert same({n: p for n, p in weights(unprune(again)).items() if 'sentinel' not in n}, first)
 
 
 @pytest.fixture(scope='module')
 def texts():
     data = lm_dataset('python_docs', load_tokenizer('tiny-llama'), 128)
-    return [torch.as_tensor(data[split]['input_ids'][:n]) for split, n in (('train', 64), ('validation', 32))]
+    return [torch.as_tensor(data[split]['input_ids'][:n]) for split, n in (('train', 32), ('validation', 16))]
 
 
 @torch.no_grad()
@@ -63,11 +63,9 @@ def loss(m, ids): return sum(float(m(input_ids=b[None], labels=b[None]).loss) fo
 
 
 @pytest.mark.parametrize('name', ['tiny-llama', 'tiny-gpt2', 'tiny-gpt_neox'])
-def test_it_helps_on_text_that_was_not_seen(name, texts):
-    text, held = texts
-    if name != 'tiny-llama':
-        data = lm_dataset('python_docs', load_tokenizer(name), 128)
-        text, held = (torch.as_tensor(data[s]['input_ids'][:n]) for s, n in (('train', 64), ('validation', 32)))
+def test_it_helps_on_text_that_was_not_seen(name):
+    data = lm_dataset('python_docs', load_tokenizer(name), 128)
+    text, held = (torch.as_tensor(data[s]['input_ids'][:n]) for s, n in (('train', 64), ('validation', 32)))
     m = load_baseline_model(name)
     prune(m, params=.7, batches=text, rounds=1, progress=False)
     before = loss(m, held)
