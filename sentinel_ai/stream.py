@@ -92,12 +92,12 @@ def writing_factor(
     return factor
 
 # %% ../nbs/03b_stream.ipynb #4cc1cc55
-RIDGES = (.01, .03, .1, .3, 1., 3.)     # of each input's own power
+RIDGES = (.03, .1, .3, 1.)     # of each input's own power
 
 @dataclass
 class Sums:
     "What a text says of a projection: inputs `x` and the error `e` that is to be made up for."
-    n: float
+    n: float                      # Tokens, by weight
     x: Float[Tensor, ' k']
     e: Float[Tensor, ' o']
     xx: Float[Tensor, 'k k']
@@ -105,10 +105,12 @@ class Sums:
     ee: float
 
     @classmethod
-    def of(cls, x, e):
-        "Of some tokens: rows of `x` and `e`."
-        return cls(len(x), x.sum(0).double(), e.sum(0).double(), (x.mT @ x).double(),
-                   (x.mT @ e).double(), float(e.double().square().sum()))
+    def of(cls, x, e, weight=None):
+        "Of some tokens: rows of `x` and `e`, and how much each counts, `[n]`."
+        w = torch.ones(len(x)).to(x) if weight is None else weight.to(x)
+        wx, we = w[:, None]*x, w[:, None]*e
+        return cls(float(w.sum()), wx.sum(0).double(), we.sum(0).double(), (wx.mT @ x).double(),
+                   (wx.mT @ e).double(), float((we*e).double().sum()))
 
     def __add__(self, other):
         return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -184,7 +186,9 @@ def errors_at(self:Compensation, site, layer, calls, factor, ahead) -> tuple: # 
         behind = self.pruned.stream[i] + factor*own.view_as(out) if site.kind == 'heads' else out
         rows = self.counts[i]
         e = ((ahead[i] - behind).flatten(0, 1)[rows]/factor).float()
-        found, which = Sums.of(x.flatten(0, -2)[rows].float(), e), int(i >= self.judged)
+        power = ahead[i].flatten(0, 1)[rows].float().square().mean(1)
+        found = Sums.of(x.flatten(0, -2)[rows].float(), e, 1/power.clamp_min(1e-12))
+        which = int(i >= self.judged)
         parts[which] = found if parts[which] is None else parts[which] + found
     self.pruned.through(layer, calls, [site], each)
     return tuple(parts)
