@@ -6,9 +6,9 @@
 __all__ = ['RATES', 'check_loss', 'RecoveryTrainer', 'recovery_args', 'RecoverResult', 'recover', 'check_teacher', 'distance',
            'is_pruned', 'only_counted', 'teacher_bytes', 'unpruned']
 
-# %% ../nbs/10c_recovery.ipynb #e69a68f6
+# %% ../nbs/10c_recovery.ipynb #630b9611
 import copy, math, tempfile, torch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -154,16 +154,16 @@ def _tracking(args):
     if is_off: args.include_num_input_tokens_seen = 'all'
     return args
 
-# %% ../nbs/10c_recovery.ipynb #fb015b33
+# %% ../nbs/10c_recovery.ipynb #bb31f38c
 @dataclass
 class RecoverResult:
     "What a recovery gave, measured on the validation blocks."
-    model: nn.Module     # Trained; gates and shape as before
+    model: nn.Module = field(repr=False) # Trained; shape as before
     unpruned: dict|None  # Loss and perplexity of the teacher; None without one
     before: dict         # The same of the pruned model
     after: dict          # The same at the end
     tokens: int          # Trained on, repetitions counted
-    log: list            # The Trainer's, after the loss at step 0
+    log: list = field(repr=False) # The Trainer's, after the loss at step 0
     seconds: float       # Of training
     bytes: int           # What the teacher took; 0 if it was given
 
@@ -300,7 +300,7 @@ def _result(trainer, m, wanted, before, seconds, n_bytes):
         state.num_input_tokens_seen, [first, *state.log_history],
         seconds, n_bytes)
 
-# %% ../nbs/10c_recovery.ipynb #4b1d60b7
+# %% ../nbs/10c_recovery.ipynb #0bdf8450
 def recover(
     model:nn.Module, # A pruned decoder; it is trained in place
     data, # Blocks `train` and `validation`, from `lm_dataset`
@@ -325,5 +325,7 @@ def recover(
     del teacher
     try: seconds = _trained(trainer, lora)
     finally:
-        for name, p in m.named_parameters(): p.requires_grad_(learns[name])
-    return _result(trainer, m.eval(), wanted, before, seconds, n_bytes)
+        m.eval()
+        for name, p in m.named_parameters():
+            p.requires_grad_(learns.get(name, p.requires_grad))
+    return _result(trainer, m, wanted, before, seconds, n_bytes)
