@@ -24,6 +24,7 @@ from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
 
 _LATER = dict(train=('AdaptiveCallback', 'AdaptiveTrainer', 'GateCallback', 'GateRun', 'HeadLR', 'Plasticity', 'adaptive_trainer', 'train_gates'),
+              recovery=('RecoveryTrainer', 'recover', 'recovery_args'), teacher=('teacher_bytes', 'unpruned'),
               checkpoint=('latest_checkpoint', 'load_checkpoint', 'restore', 'save_checkpoint'))
 
 

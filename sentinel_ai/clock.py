@@ -88,14 +88,22 @@ def time_ratios(
         return {phase: paired_ratio(*pairs[phase], was.device, n[phase]) for phase in PHASES}
 
 # %% ../nbs/03b_clock.ipynb #2552c394
+def _tensors_in(x):
+    "The tensors in dicts, lists and tuples, at every depth."
+    if isinstance(x, Tensor): return [x]
+    is_list = isinstance(x, (list, tuple))
+    parts = x.values() if isinstance(x, dict) else x if is_list else ()
+    return [t for part in parts for t in _tensors_in(part)]
+
 def light_copy(
     m:nn.Module, # An adapted model
 ) -> nn.Module:
-    "A copy that shares the weights, for looking and cutting only; its gates are its own."
+    "A copy that shares weights and stash, for looking, cutting and restoring; its gates are its own."
     state = need_state(m)
     own = {id(p) for site in state.now for p in site.module.sentinel.parameters()}
     def shared(p): return nn.Parameter(p.detach(), requires_grad=False)
     memo = {id(p): shared(p) for p in m.parameters() if id(p) not in own}
+    memo |= {id(t): t for t in _tensors_in([state.stash, vars(state.repairs)])}
     memo |= {id(part): part for part in (state.memory, state.agency)}
     twin = copy.deepcopy(m, memo)
     twin.sentinel.memory = twin.sentinel.agency = None

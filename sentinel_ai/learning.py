@@ -112,8 +112,8 @@ def check_gradients(
 ):
     "Raise `ValueError` for a gradient that is NaN or infinite. All are dropped then."
     if getattr(optimizer, 'scaler', None) is not None: return
-    found = [(name, p.grad) for name, p in model.named_parameters()
-             if p.grad is not None and p.grad.layout is torch.strided]
+    def has_numbers(grad): return grad is not None and grad.layout is torch.strided and grad.numel()
+    found = [(name, p.grad) for name, p in model.named_parameters() if has_numbers(p.grad)]
     if not found: return
     largest = [torch.linalg.vector_norm(grad, math.inf).float() for _, grad in found]
     home = largest[0].device

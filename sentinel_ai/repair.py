@@ -243,7 +243,9 @@ def _take_back(m, name, old, new):
     if old is None and as_left: setattr(lin, leaf, None)
     elif old is None: p.sub_(new.to(p))
     elif as_left: p.copy_(old)
-    else: p.add_(old.to(p) - new.to(p))
+    else:
+        old, new = old.to(p), new.to(p)
+        p.copy_(torch.where(p == new, old, p + (old - new)))
 
 # %% ../nbs/03a_repair.ipynb #c0042
 @torch.no_grad()

@@ -133,10 +133,11 @@ def test_a_prompt_that_is_no_text(monkeypatch, capsys):
     assert 'utf-8' in refused(generate_cli, ['--prompt', '-'], capsys)
 
 
-def test_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('more', ['', '--params .8', '--params .8 --lora 4', '--params .8 --recover plain'])
+def test_interrupted_and_resumed(more, tmp_path, monkeypatch, capsys):
     "Ctrl-C in the middle of a run leaves checkpoints; the run that goes on from the last one ends as the run that wasn't interrupted."
-    argv = ['--max_steps', '6', '--save_strategy', 'steps', '--save_steps', '2', '--eval_strategy', 'no', '--block_size', '32', '--max_tokens', '2000',
-            '--held', '2', '--disable_tqdm', '--logging_steps', '1']
+    argv = [*more.split(), '--max_steps', '6', '--save_strategy', 'steps', '--save_steps', '2', '--eval_strategy', 'no', '--block_size', '32',
+            '--max_tokens', '2000', '--held', '2', '--disable_tqdm', '--logging_steps', '1']
     assert train_cli([*argv, '--output_dir', str(tmp_path/'whole')]) == 0
     seen = []
 
@@ -150,6 +151,8 @@ def test_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
     assert train_cli([*argv, '--output_dir', str(tmp_path/'run'), '--resume_from_checkpoint', str(tmp_path/'run')]) == 0
     a, b = (load_file(tmp_path/name/'model'/'model.safetensors') for name in ('whole', 'run'))
     assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+    reports = [(tmp_path/name/'report.md').read_text().split('Training took')[0] for name in ('whole', 'run')]
+    assert reports[0] == reports[1]
 
 
 def test_quiet_when_nobody_reads(monkeypatch):
