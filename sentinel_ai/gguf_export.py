@@ -38,25 +38,25 @@ def _type_of(t, dtype):
     if t.ndim < 2: return 'f32'
     return 'f16' if dtype == 'q8_0' and t.shape[-1] % _BLOCK else dtype
 
+def _kind_of(t, dtype): return gguf_package().GGMLQuantizationType[_type_of(t, dtype).upper()]
+
 def _stored(t, dtype):
     "A tensor as it is written, and its type."
-    quants, kinds = gguf_package().quants, gguf_package().GGMLQuantizationType
-    kind = _type_of(t, dtype)
-    if kind == 'q8_0': return quants.quantize(t.float().contiguous().numpy(), kinds.Q8_0), kinds.Q8_0
-    as_float = dict(f32=torch.float32, f16=torch.float16)[kind]
-    return t.to(as_float).contiguous().numpy(), kinds[kind.upper()]
+    name, kind = _type_of(t, dtype), _kind_of(t, dtype)
+    if name == 'q8_0': return gguf_package().quants.quantize(t.float().contiguous().numpy(), kind), kind
+    as_float = dict(f32=torch.float32, f16=torch.float16)[name]
+    return t.to(as_float).contiguous().numpy(), kind
 
 def _bytes_of(t, dtype):
     "What a tensor takes in the file."
-    numbers, size = gguf_package().GGML_QUANT_SIZES[gguf_package().GGMLQuantizationType[_type_of(t, dtype).upper()]]
+    numbers, size = gguf_package().GGML_QUANT_SIZES[_kind_of(t, dtype)]
     return t.numel()//numbers*size
 
 def _write_tensors(w, tensors, dtype):
     "Matrices in `dtype`, vectors in float32, one at a time."
     for name, t in tensors.items():
-        kind = gguf_package().GGMLQuantizationType[_type_of(t, dtype).upper()]
-        numpy_kind = numpy.dtype(numpy.float32)
-        w.add_tensor_info(name, t.shape, numpy_kind, _bytes_of(t, dtype), raw_dtype=kind)
+        size, kind = _bytes_of(t, dtype), _kind_of(t, dtype)
+        w.add_tensor_info(name, t.shape, numpy.dtype('float32'), size, raw_dtype=kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_ti_data_to_file()

@@ -125,7 +125,8 @@ def read_gguf(
     **other, # Refused
 ) -> nn.Module: # Adapted, compact, in eval mode
     "The model of a file that `export_gguf` wrote. What was pruned stays in the folder that it was made from."
-    if other: raise ValueError(f'{path}: a file of llama.cpp is read with device= and dtype=, not {sorted(other)}')
+    if other: raise ValueError(
+        f'{path}: a file of llama.cpp is read with device= and dtype=, not {sorted(other)}')
     file = read_deci(path)
     m = _built(file, path)
     try: fill(m, file)
@@ -142,7 +143,8 @@ def _special(file, names):
     def word(place):
         number = file.other.get(f'tokenizer.ggml.{place}_token_id')
         return None if number is None else names(number)
-    found = dict(bos_token=word('bos'), eos_token=word('eos'), unk_token=word('unknown'), pad_token=word('padding'))
+    places = dict(bos='bos', eos='eos', unk='unknown', pad='padding')
+    found = {f'{kind}_token': word(place) for kind, place in places.items()}
     return {kind: token for kind, token in found.items() if token is not None}
 
 def read_tokenizer(

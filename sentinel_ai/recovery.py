@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'check_loss', 'RecoveryTrainer', 'recovery_args', 'RecoverResult', 'recover', 'check_teacher', 'distance',
-           'is_pruned', 'only_counted', 'teacher_bytes', 'unpruned']
+           'is_pruned', 'only_counted', 'teacher_bytes', 'teacher_of']
 
 # %% ../nbs/10c_recovery.ipynb #630b9611
 import copy, math, tempfile, torch
@@ -23,13 +23,13 @@ from .learning import check_gradients
 from .state import transaction
 from .teacher import (
     check_teacher, distance, is_pruned, only_counted,
-    teacher_bytes, unpruned)
+    teacher_bytes, teacher_of)
 from .train import AdaptiveTrainer, n_steps
 
 # %% ../nbs/10c_recovery.ipynb #63fdbc1a
 _all_ = [  # their home is the chapter before, and they are found here too
     'check_teacher', 'distance', 'is_pruned', 'only_counted',
-    'teacher_bytes', 'unpruned']
+    'teacher_bytes', 'teacher_of']
 
 # %% ../nbs/10c_recovery.ipynb #791daba1
 class _StopAtNaN(TrainerCallback):
@@ -65,7 +65,7 @@ class RecoveryTrainer(AdaptiveTrainer):
         check_loss(alpha, temperature)
         if alpha and teacher is None: raise ValueError(
             f'alpha={alpha!r} needs a teacher; '
-            'give teacher=unpruned(model), or alpha=0.')
+            'give teacher=teacher_of(model), or alpha=0.')
         super().__init__(model, args, compute_loss_func=self.text_loss, **kwargs)
         self.teacher = teacher
         self.alpha, self.temperature = alpha, temperature
@@ -233,7 +233,7 @@ def _check_given(m, teacher):
     is_shared = any(p.data_ptr() in at for p in teacher.parameters())
     if is_shared: raise ValueError(
         'the teacher shares weights with the model that is trained; '
-        'leave teacher= out, or give unpruned(model)')
+        'leave teacher= out, or give teacher_of(model)')
 
 # %% ../nbs/10c_recovery.ipynb #eeab98e9
 def _check_all(model, data, args, teacher, alpha, temperature, lora):
@@ -255,7 +255,7 @@ def _teacher_for(m, given, alpha, lora):
         try: check_teacher(m)
         except (TypeError, ValueError): return None, 0
     shared = lora is not None
-    return unpruned(m, shared), teacher_bytes(m, shared)
+    return teacher_of(m, shared), teacher_bytes(m, shared)
 
 def _check_losses(**losses):
     "Raise `ValueError` for a loss that isn't finite."

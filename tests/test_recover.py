@@ -24,7 +24,7 @@ from sentinel_ai.agency import Agency  # noqa: E402
 from sentinel_ai.gates import gate_values  # noqa: E402
 from sentinel_ai.memory import HeadMemory  # noqa: E402
 from sentinel_ai.recovery import RecoveryTrainer, recover, recovery_args  # noqa: E402
-from sentinel_ai.teacher import distance, next_tokens, summed_distance, teacher_bytes, unpruned  # noqa: E402
+from sentinel_ai.teacher import distance, next_tokens, summed_distance, teacher_bytes, teacher_of  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -80,7 +80,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, 
 def test_the_teacher_is_the_model_before_pruning(arch, shape, repair, shared):
     model, before = pruned(arch, shape, repair)
     kept, was = logits(model), picture(model)
-    teacher = unpruned(model, shared)
+    teacher = teacher_of(model, shared)
     assert torch.equal(logits(teacher), logits(before))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert not differences(was, picture(model)) and torch.equal(logits(model), kept)
@@ -100,12 +100,12 @@ def storages(m):
 def test_its_bytes_are_counted_before(arch, shape, repair, shared):
     model, _ = pruned(arch, shape, repair)
     n, mine = teacher_bytes(model, shared), storages(model)
-    assert n == sum(size for at, size in storages(unpruned(model, shared)).items() if at not in mine)
+    assert n == sum(size for at, size in storages(teacher_of(model, shared)).items() if at not in mine)
 
 
 def test_half_precision():
     model, before = pruned('llama', 'compact', dtype=torch.bfloat16)
-    assert torch.equal(logits(unpruned(model)), logits(before))
+    assert torch.equal(logits(teacher_of(model)), logits(before))
     assert recover(model, DATA, arguments('x')).model.dtype == torch.bfloat16
 
 
@@ -114,11 +114,11 @@ def test_from_a_folder(shape, tmp_path):
     "The stash is saved with a model, unless somebody doesn't want it."
     model, before = pruned('llama', shape)
     model.save_pretrained(tmp_path/'with')
-    assert torch.equal(logits(unpruned(load_adaptive_model(str(tmp_path/'with')))), logits(before))
+    assert torch.equal(logits(teacher_of(load_adaptive_model(str(tmp_path/'with')))), logits(before))
     model.save_pretrained(tmp_path/'without', memory=False)
     again = load_adaptive_model(str(tmp_path/'without'))
     was = picture(again)
-    for f in (unpruned, teacher_bytes, lambda m: recover(m, DATA, arguments(tmp_path))):
+    for f in (teacher_of, teacher_bytes, lambda m: recover(m, DATA, arguments(tmp_path))):
         with pytest.raises(ValueError, match="wasn't kept with this model.*give teacher="): f(again)
     assert not differences(was, picture(again))
     first = far(again, logits(before))
@@ -131,7 +131,7 @@ def test_what_watches_the_student_stays_with_it():
     memory, agency = HeadMemory().attach(model), Agency()
     agency.attach(model)
     agency.set_state((0, next(h for h in range(4) if gate_values(model)[0, h])), 'overloaded', 'for a test')
-    teacher = unpruned(model)
+    teacher = teacher_of(model)
     assert torch.equal(logits(teacher), logits(before))
     assert model.sentinel.memory is memory and model.sentinel.agency is agency
     assert teacher.sentinel.memory is None and teacher.sentinel.agency is None
@@ -142,7 +142,7 @@ def test_a_student_that_was_trained():
     model, before = pruned('llama', 'compact', 'none')
     with torch.no_grad(): model.lm_head.weight.add_(1.)
     before.lm_head.weight.data.add_(1.)
-    assert torch.equal(logits(unpruned(model)), logits(before))
+    assert torch.equal(logits(teacher_of(model)), logits(before))
 
 
 # ---- the loss
@@ -162,7 +162,7 @@ def test_like_its_teacher(arch, tmp_path):
 def test_labels_and_masks_that_leave_out(tmp_path):
     "A label of -100 and a mask of 0 do the same: nothing depends on what is there."
     model, _ = pruned('llama')
-    teacher = unpruned(model)
+    teacher = teacher_of(model)
     ids, mask = CALIB[:2].clone(), torch.ones(2, 12, dtype=torch.long)
     mask[0, 8:], mask[1, 5:] = 0, 0
     labels = ids.masked_fill(mask == 0, -100)
@@ -258,7 +258,7 @@ def test_recovered_and_unpruned(arch, shape, lora, tmp_path):
     gates, plan = gate_values(model), copy.deepcopy(model.sentinel.plan)
     keys, wants = set(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
     built, start = dict(before.named_parameters()), tensors(unprune(copy.deepcopy(model)))
-    teacher = logits(unpruned(model, lora is not None))
+    teacher = logits(teacher_of(model, lora is not None))
     first = far(model, teacher)
     res = recover(model, DATA, arguments(tmp_path), lora=lora)
     assert res.model is model and not model.training and far(model, teacher) < first
@@ -302,7 +302,7 @@ def test_compact_learns_what_masked_learns(arch, tmp_path):
     results = []
     for shape in SHAPES:
         model, _ = pruned(arch, shape)
-        want = logits(unpruned(model))
+        want = logits(teacher_of(model))
         first = far(model, want)
         recover(model, DATA, arguments(tmp_path, optim='sgd', learning_rate=.02))
         assert far(model, want) < first
@@ -360,7 +360,7 @@ def test_broken_off(lora, tmp_path):
 
 def test_mixed_precision(tmp_path):
     model, _ = pruned('llama', 'compact')
-    want = logits(unpruned(model))
+    want = logits(teacher_of(model))
     first = far(model, want)
     recover(model, DATA, arguments(tmp_path, bf16=True), temperature=2.)
     assert far(model, want) < first and model.dtype == torch.float32
