@@ -10,7 +10,7 @@ import math, torch, warnings
 from torch import nn
 from fastcore.basics import patch
 from .foreign import is_finite
-from .heads import base_model, check_weights
+from .heads import UnsupportedArchitecture, base_model, check_weights
 from .choose import total_cost
 from .ranks import check_allowed
 from .gates import adapt, check_edit, set_gates
@@ -20,13 +20,13 @@ from .surgery import (
     HeadPlan, local_head, original_heads)
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias, repair_layer)
-from .bridges import batch_on
+from .bridges import batch_on, text_loss
 from .state import transaction
 from .request import PruneRequest
 from .rounds import shut_units, tell_memory
-from .stream import walk_through
+from .stream import first_judge, walk_through
 import sentinel_ai.timed  # noqa: F401
-import sentinel_ai.trials  # noqa: F401
+from .trials import FEWEST_TRIALS, LEAST_TEXT
 
 # %% ../nbs/03b_pruning.ipynb #c0004
 from .repair import (  # noqa: F401
@@ -126,6 +126,33 @@ def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
     m.sentinel.plan.info = dict(plan.info)
     return plan
 
+# %% ../nbs/03b_pruning.ipynb #a3956036
+@patch
+def makes_up(self:PruneRequest, m) -> bool:
+    "Are errors of layers before to be made up for?"
+    if self.compensate is not None: return self.compensate
+    tokens = sum(ids.numel() for ids, _, _ in self.batches)
+    is_deep = len(m.sentinel.built.heads) >= FEWEST_TRIALS
+    is_fitted = self.repair in ('linear', 'affine')
+    return self.is_joint and is_fitted and is_deep and tokens >= LEAST_TEXT
+
+@patch
+def make_up(self:PruneRequest, m):
+    "Make up for errors of layers before; kept only if the loss on text that did not fit it falls."
+    affine = {kind: repair == 'affine' for kind, (repair, _) in self.how.items()}
+    judged = self.batches[first_judge(len(self.batches)):] or self.batches
+    before = text_loss(m, judged)
+    with transaction(m) as trial:
+        try: left = walk_through(m, self.batches, affine)
+        except UnsupportedArchitecture as e:
+            if self.compensate: raise
+            self.info['compensate'] = str(e)
+            return
+        helps = bool(text_loss(m, judged) < before)
+        if not helps: trial.rollback()
+    self.info['compensate'] = helps
+    if helps: self.info['error_left'] = round(sum(left.values())/max(1, len(left)), 4)
+
 # %% ../nbs/03b_pruning.ipynb #ffe49b94
 @patch
 def all_rounds(self:PruneRequest, m) -> int: # How many there were
@@ -136,13 +163,6 @@ def all_rounds(self:PruneRequest, m) -> int: # How many there were
     return len(goals)
 
 @patch
-def make_up(self:PruneRequest, m):
-    "Let each projection make up for the errors before it."
-    affine = {kind: repair == 'affine' for kind, (repair, _) in self.how.items()}
-    left = walk_through(m, self.batches, affine)
-    if left: self.info['error_left'] = round(sum(left.values())/len(left), 4)
-
-@patch
 def run(self:PruneRequest, m) -> HeadPlan:
     "All rounds, or nothing."
     self.resolve(m)
@@ -151,7 +171,7 @@ def run(self:PruneRequest, m) -> HeadPlan:
         self.check_losses(m)
         if self.unit == 'ms': self.settle_ms(m)
         rounds = self.all_rounds(m) if self.clock is None else self.timed_rounds(m)
-        if self.compensate: self.make_up(m)
+        if self.makes_up(m): self.make_up(m)
         return self.noted_plan(m, rounds)
 
 # %% ../nbs/03b_pruning.ipynb #c0075
@@ -179,7 +199,7 @@ def prune(model:nn.Module, # Any decoder; it is adapted if it isn't
     channel_ridge:float=CHANNEL_RIDGE, # By each channel's own power
     context:int=512, # Tokens attended to, for `flops` and `ms`
     seed:int=0, # For criterion='random'
-    compensate:bool=False, # Also make up for errors that come in from layers before
+    compensate:bool|None=None, # Also make up for errors of layers before; default with enough text
     optimizer=None, # Its moments go into an attached `HeadMemory`
     progress:bool=True, # Show bars
 ) -> HeadPlan: # What is kept; `plan.info` says how it was chosen

@@ -44,7 +44,7 @@ class PruneRequest(Target):
     ridge: float = 1e-2 # Of heads
     channel_ridge: float = CHANNEL_RIDGE # Of channels
     seed: int = 0 # For criterion='random'
-    compensate: bool = False # For errors of layers before
+    compensate: bool|None = None # For errors of layers before; None: where there is text enough
     optimizer: object = None # Whose moments a memory takes
     progress: bool = True # Show bars
     unit: str = field(init=False, default=None) # Of the goal

@@ -3,7 +3,7 @@ import copy, math
 import pytest, torch
 from sentinel_ai import (UnitMemory, UnsupportedArchitecture, adapt, compact, compensate, elastic, load_adaptive_model,
                          load_baseline_model, load_tokenizer, prune, random_model, regrow, resize, set_gates, unprune)
-from sentinel_ai import stream
+from sentinel_ai import pruning, stream
 from sentinel_ai.data import lm_dataset
 from sentinel_ai.undo import unpruned
 from test_matrix import EXPERTS, LISTED_ALL, SAYS_LAYOUT, VARIANTS
@@ -79,7 +79,28 @@ def test_prune_does_both(texts):
     plan = prune(a, params=.8, batches=text, rounds=1, progress=False, compensate=True)
     prune(b, params=.8, batches=text, rounds=1, progress=False)
     compensate(b, text)
-    assert same(weights(a), weights(b)) and 0 < plan.info['error_left'] < 1
+    assert same(weights(a), weights(b)) and plan.info['compensate'] is True and 0 < plan.info['error_left'] < 1
+
+
+def test_without_being_asked(monkeypatch):
+    "With text enough and six layers it is done; where it is impossible or does harm, the plan says so."
+    ids = torch.arange(16*48).view(16, 48).remainder(61) + 3
+    monkeypatch.setattr(pruning, 'LEAST_TEXT', 512)
+    cut = dict(params=.9, rounds=1, progress=False)
+    assert 'compensate' not in prune(random_model('llama'), batches=ids, **cut).info
+    assert 'compensate' not in prune(random_model('llama', num_hidden_layers=6), batches=ids[:4], **cut).info
+    m = random_model('llama', num_hidden_layers=6)
+    assert 'compensate' not in prune(m, .3, ids, rounds=1, progress=False).info
+    m = random_model('llama', num_hidden_layers=6)
+    assert prune(m, batches=ids, **cut).info['compensate'] in (True, False)
+    other = random_model('gemma2', num_hidden_layers=6)
+    assert 'something else' in prune(other, batches=ids, **cut).info['compensate']
+    with pytest.raises(UnsupportedArchitecture): prune(random_model('gemma2'), batches=ids, compensate=True, **cut)
+    a, b = (random_model('llama', num_hidden_layers=6) for _ in range(2))
+    monkeypatch.setattr(pruning, 'text_loss', lambda m, batches: torch.tensor(1.))           # no better than before
+    assert prune(a, batches=ids, **cut).info['compensate'] is False
+    prune(b, batches=ids, compensate=False, **cut)
+    assert same(weights(a), weights(b))
 
 
 def test_a_compact_model_is_compensated_like_a_masked_one(texts):
