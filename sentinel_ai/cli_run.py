@@ -183,7 +183,7 @@ class TrainOptions(TrainingArguments):
         'instead of --max_steps')
     learning_rate: float|None = opt(None,
         f'learning rate of the weights; default {RATE:g}, '
-        'and what suits a recovery with --params')
+        'with --params .06 over the width of the model, or .6 with --lora')
     warmup_steps: float = opt(.05,
         'steps in which the learning rate rises; '
         'below 1 a share of all')

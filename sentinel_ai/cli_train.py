@@ -13,7 +13,7 @@ from .gates import gate_values
 from .site import model_size
 from .choose import closed_cost, units_of
 from .pruning import prune
-from .recovery import RATES, is_pruned, recover
+from .recovery import is_pruned, recover, recovery_rate
 from .data import TEXTS, lm_dataset, load_text
 from .train import TrainResult, check_one_process, n_steps, open_heads, train_gates
 from .viz import open_channels
@@ -126,7 +126,7 @@ def _finetuned(model, tok, data, run, args, before):
 
 def _recovered(model, tok, data, run, args, before):
     "Let a pruned model learn from its unpruned self; told as a run of gates is"
-    if args.given_rate is None: args.learning_rate = RATES['full' if run.lora is None else 'lora']
+    if args.given_rate is None: args.learning_rate = recovery_rate(model, run.lora)
     res = recover(model, data, args, alpha=run.alpha, temperature=run.temperature,
                   lora=run.lora, tokenizer=tok)
     counts, gates = _counted(model), gate_values(model)

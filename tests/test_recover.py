@@ -54,7 +54,7 @@ def pruned(arch, shape='masked', repair='affine', dtype=torch.float32, dropout=0
 def arguments(folder, **kw):
     usual = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=5e-4, use_cpu=True, disable_tqdm=True, seed=3,
                  eval_strategy='no', logging_steps=2)
-    return recovery_args(str(folder), **usual | kw)
+    return recovery_args(random_model('llama'), str(folder), **usual | kw)
 
 
 @torch.no_grad()
