@@ -23,9 +23,9 @@ from .wiring import (
 from .unet import add_skips
 from .agency import Agency
 from .folder import (
-    check_built, check_scale, check_sums, shapes_in, weight_files)
+    SIDES, check_built, check_scale, check_sums, shapes_in, weight_files)
 from .loaders import explain
-from .config import SentinelConfig
+from .config import SentinelConfig, check_code
 from .removed import recall_removed
 from .sizes import as_budget, resize
 
@@ -126,6 +126,15 @@ def _to_base(base, kwargs):
         if key in _OF_LOADER or not hasattr(base, key): continue
         setattr(base, key, kwargs.pop(key))
 
+def _check_sizes(path, saved, asked):
+    "Raise `ValueError` where the caller wants another size than the weights have."
+    for name in (*SIDES, 'num_hidden_layers'):
+        was, wanted = (getattr(c.get_text_config(), name, None) for c in (saved, asked))
+        if was != wanted: raise ValueError(
+            f'{path}: {name} is to be {str(wanted)[:20]}, and the model was saved with {str(was)[:20]}; '
+            'the config of a model may change what it does, not the sizes of its weights')
+
+# %% ../nbs/07a_reading.ipynb #c2dcc6f3
 def _open_gates(model, no_gates):
     "Gates as the model should have them once its weights are read."
     for sentinel in no_gates.values(): nn.init.ones_(sentinel.gate)
@@ -134,6 +143,11 @@ def _open_gates(model, no_gates):
         sentinel.gate.requires_grad_(sentinel.mode == 'learned')
 
 # %% ../nbs/07a_reading.ipynb #9fea7a38
+def _check_file(path, hub):
+    "Raise `ValueError` if it is the file that asks for code from elsewhere, and not the caller."
+    said, _ = SentinelConfig.get_config_dict(path, **hub)
+    check_code({key: value for key, value in said.items() if key != 'base'})
+
 def _weights_of(path, hub, variant):
     "A function that finds the files of the weights, once they are there."
     def files(): return weight_files(path, variant, **hub)
@@ -152,7 +166,9 @@ def _read(path, config, hub, verify, *args, budget=None, **kwargs):
     "The model of a folder, and what its loader has to say."
     base = config.base_config()
     _to_base(base, kwargs)
+    _check_sizes(path, config.saved_config(), base)
     attention = getattr(config, '_attn_implementation_internal', None)
+    if '/' in str(attention): _check_file(path, hub)
     if attention: kwargs.setdefault('attn_implementation', attention)
     files = _weights_of(path, hub, kwargs.get('variant'))
     model, info = _read_weights(path, config, base, files, *args, **kwargs)
@@ -168,6 +184,10 @@ def _read(path, config, hub, verify, *args, budget=None, **kwargs):
 class SentinelForCausalLM:
     "What `AutoModelForCausalLM` finds; instances are of the base's adaptive class."
     config_class = SentinelConfig
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class='AutoModelForCausalLM'):
+        "The folder has a file for that already."
 
     @classmethod
     def from_pretrained(
