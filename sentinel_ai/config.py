@@ -320,6 +320,15 @@ def _kept_units(plan):
     if plan.channels is None: return text
     return f'{text}, {sum(plan.channels.counts):,} MLP channels'
 
+def _is_even(plan):
+    "Does every layer keep as many units as the others, so that a plain config may say it?"
+    channels = plan.channels.counts if plan.channels is not None else [0]*len(plan.heads())
+    return len({*zip(plan.heads(), plan.kv_heads(), channels)}) == 1
+
+_EVEN = """
+Every layer keeps the same number of units, so `sentinel_ai.export_hf(model, 'another folder')`
+can write a plain checkpoint, which needs no sentinel_ai, and no longer knows what was pruned."""
+
 # %% ../nbs/07a_config.ipynb #c0070
 def model_card(
     model:nn.Module, # An adapted or compact model
@@ -344,7 +353,7 @@ pipeline_tag: text-generation
 
 {_LOADING}
 
-{restores if is_compact else ''}
+{restores if is_compact else ''}{_EVEN if is_compact and _is_even(plan) else ''}
 
 ## How it was pruned
 

@@ -242,7 +242,7 @@ def test_peft_by_name(root):
         from transformers import AutoModelForCausalLM
         folder, adapter = folders['compact'], os.path.join(root, 'adapter')
         m = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        get_peft_model(m, LoraConfig(target_modules=['q_proj', 'down_proj'])).save_pretrained(adapter)
+        get_peft_model(m, LoraConfig(target_modules=['q_proj', 'down_proj'], task_type='CAUSAL_LM')).save_pretrained(adapter)
         back = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
         assert same(back, 'compact')
         print('done')
