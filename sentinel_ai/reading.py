@@ -142,12 +142,14 @@ def _open_gates(model, no_gates):
         sentinel = site.module.sentinel
         sentinel.gate.requires_grad_(sentinel.mode == 'learned')
 
-# %% ../nbs/07a_reading.ipynb #9fea7a38
+# %% ../nbs/07a_reading.ipynb #2cdbb9c3
 def _check_file(path, hub):
     "Raise `ValueError` if it is the file that asks for code from elsewhere, and not the caller."
     said, _ = SentinelConfig.get_config_dict(path, **hub)
-    check_code({key: value for key, value in said.items() if key != 'base'})
+    try: check_code({key: said[key] for key in said if key != 'base'})
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
+# %% ../nbs/07a_reading.ipynb #9fea7a38
 def _weights_of(path, hub, variant):
     "A function that finds the files of the weights, once they are there."
     def files(): return weight_files(path, variant, **hub)

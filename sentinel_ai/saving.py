@@ -19,9 +19,9 @@ from .gates import check_edit, is_adaptive, is_merged
 from .adaptive import AdaptiveMixin, plain_class, save_plain
 from .merge import unmerged_state
 from .modeling import MODELING_FILE, is_our_modeling, write_modeling
-from .config import (
-    CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,
-    extra_biases, is_plain, model_card, public_name, sentinel_config)
+from .config import FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig
+from .described import (
+    CARD, extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
 from .family_file import FAMILY_FILE, save_family
 from .sizes import misfit

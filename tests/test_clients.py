@@ -2,14 +2,18 @@
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from sentinel_ai import adapt, add_skips, compact, load_adaptive_model, load_tokenizer, prune, set_gates, set_skip_gates
+from transformers import AutoConfig, AutoModelForCausalLM
+from sentinel_ai import add_skips, compact, load_adaptive_model, load_tokenizer, prune, set_gates, set_skip_gates
 from sentinel_ai.modeling import MODELING_FILE
 
 torch.set_num_threads(1)
@@ -276,3 +280,74 @@ def test_no_path_of_this_machine(tmp_path):
         m = load_adaptive_model(place)
         m.save_pretrained(tmp_path/'b')
         for file in (tmp_path/'b').iterdir(): assert b'somebody' not in file.read_bytes(), file
+
+
+# --- the config ---
+
+def reads(folder, **kwargs): return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_edits_take_effect(root, kind, tmp_path):
+    config = AutoConfig.from_pretrained(root/kind)
+    assert config.attention_dropout == 0. and config.num_key_value_heads == 4
+    config.attention_dropout, config.use_cache, config.output_hidden_states = .3, False, True
+    config.rope_parameters['rope_theta'] = 500.
+    config.save_pretrained(tmp_path)
+    for cfg in (config, AutoConfig.from_pretrained(tmp_path), pickle.loads(pickle.dumps(config))):
+        got = reads(root/kind, config=cfg).config
+        assert (got.attention_dropout, got.use_cache, got.output_hidden_states) == (.3, False, True)
+        assert got.rope_parameters['rope_theta'] == 500.
+    assert reads(root/kind, attention_dropout=.2).config.attention_dropout == .2
+    assert reads(root/kind).config.attention_dropout == 0.
+
+
+@pytest.mark.parametrize('change', [dict(hidden_size=64), dict(num_hidden_layers=2), dict(vocab_size=7), dict(num_attention_heads=4),
+                                    dict(num_key_value_heads=2), dict(intermediate_size=16), dict(head_dim=8)])
+def test_sizes_are_refused_by_name(root, change):
+    (name, value), = change.items()
+    config = AutoConfig.from_pretrained(root/'compact')
+    setattr(config, name, value)
+    for kwargs in (dict(config=config), change):
+        with pytest.raises(ValueError, match=f'{name} is to be {value}'): reads(root/'compact', **kwargs)
+
+
+def test_the_type_of_the_weights(root, tmp_path):
+    config = AutoConfig.from_pretrained(root/'compact')
+    config.dtype = torch.bfloat16
+    assert reads(root/'compact', config=config).dtype == reads(root/'compact', dtype=torch.bfloat16).dtype == torch.bfloat16
+    made('compact').half().save_pretrained(tmp_path)
+    assert reads(tmp_path).dtype == torch.float16 and json.loads((tmp_path/'config.json').read_text())['base']['dtype'] == 'float16'
+
+
+@pytest.mark.parametrize('name', ['other/model--modeling_sentinel.X', 'modeling_other.X', 'modeling_sentinel.X.y', 3, ['modeling_sentinel.X']])
+def test_no_code_but_ours(root, name, tmp_path):
+    "A config that was passed on can't name code of its own."
+    shutil.copytree(root/'masked', tmp_path/'m')
+    file = tmp_path/'m'/'config.json'
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | dict(auto_map=dict(AutoModelForSeq2SeqLM=name))))
+    for read in (AutoConfig.from_pretrained, reads, load_adaptive_model):
+        with pytest.raises(ValueError, match='code from elsewhere: auto_map'): read(tmp_path/'m')
+
+
+def test_other_heads(root):
+    for auto in (transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification,
+                 transformers.AutoModelForQuestionAnswering):
+        with pytest.raises(ValueError, match=f'export_hf.*{auto.__name__} reads'): auto.from_pretrained(root/'compact', num_labels=3)
+    body = transformers.AutoModel.from_pretrained(root/'compact')
+    with pytest.raises(RuntimeError, match='a part is not saved'): body.save_pretrained(root/'nowhere')
+
+
+def test_an_old_folder_gets_the_file_when_it_is_saved(tmp_path):
+    old = Path(__file__).parent/'fixtures'/'0.1.0'/'llama'/'compact'
+    m = reads(old)
+    m.save_pretrained(tmp_path)
+    assert (tmp_path/MODELING_FILE).exists()
+    with torch.no_grad(): assert torch.equal(reads(tmp_path)(IDS).logits, m(IDS).logits)
+    with pytest.raises(ValueError, match='AutoModelForCausalLM'): transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    made('masked').save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match='holds no tokenizer.*model.safetensors.*save_pretrained'): load_tokenizer(tmp_path)
