@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'MEMORY_FILE', 'HEADS_FILE', 'check_code', 'SentinelConfig'
 
 # %% ../nbs/07a_config.ipynb #eefda584
 import copy
-from dataclasses import fields
 from fastcore.basics import patch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .foreign import check_fields
@@ -145,7 +144,9 @@ class SentinelConfig(_OfBase):
 # %% ../nbs/07a_config.ipynb #04faeadf
 _OWN = {'model_type', 'architectures', 'transformers_version'}
 
-_COMMON = {field.name for field in fields(PreTrainedConfig)} - _OWN
+_COMMON = {
+    'chunk_size_feed_forward', 'dtype', 'id2label', 'is_encoder_decoder',
+    'label2id', 'output_hidden_states', 'problem_type', 'return_dict'}
 
 def _told(base, kwargs):
     "What a file says at its top otherwise than in its base."
