@@ -66,6 +66,7 @@ def sentinel_config(
     m = base_model(model)
     state = m.sentinel
     base = _without_paths(m.config.to_dict(), public_name(m.config))
+    base['architectures'] = [plain_class(m).__name__]
     cfg = SentinelConfig(
         base=base,
         base_class=plain_class(m).__name__,
