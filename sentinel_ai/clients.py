@@ -38,6 +38,7 @@ class SentinelModel:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         "As `SentinelForCausalLM`, which says what can be given."
+        kwargs.pop('_from_pipeline', None)       # hidden states are of use to any task
         read = SentinelForCausalLM.from_pretrained
         model, info = read(*args, output_loading_info=True, **kwargs)
         body = _body(model)

@@ -183,6 +183,12 @@ def _read(path, config, hub, verify, *args, budget=None, **kwargs):
     return model, info
 
 # %% ../nbs/07a_reading.ipynb #c0055
+def _check_task(path, task):
+    "Raise `ValueError` in a pipeline that wants something else than text."
+    if task not in (None, 'text-generation'): raise ValueError(
+        f'{path} is a causal language model: a pipeline of it is '
+        f"'text-generation', and {task!r} needs another model")
+
 class SentinelForCausalLM:
     "What `AutoModelForCausalLM` finds; instances are of the base's adaptive class."
     config_class = SentinelConfig
@@ -198,6 +204,7 @@ class SentinelForCausalLM:
     ):
         "As in transformers. Raises `ValueError` if weights and plan don't fit; `verify`: compare checksums."
         path = os.fspath(pretrained_model_name_or_path)
+        _check_task(path, kwargs.get('_from_pipeline'))
         settle(path)
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         config = config or SentinelConfig.from_pretrained(path, **hub)

@@ -351,3 +351,11 @@ def test_an_old_folder_gets_the_file_when_it_is_saved(tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     made('masked').save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match='holds no tokenizer.*model.safetensors.*save_pretrained'): load_tokenizer(tmp_path)
+
+
+def test_a_pipeline_of_another_task(root):
+    "It would go on with the language model, and say so in a log only."
+    for task in ('text-classification', 'token-classification'):
+        with pytest.raises(ValueError, match='is a causal language model'): transformers.pipeline(task, model=str(root/'compact'))
+    got = transformers.pipeline('feature-extraction', model=str(root/'compact'))('Return the')
+    assert len(got[0][0]) == 128
