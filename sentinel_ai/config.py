@@ -146,7 +146,8 @@ _OWN = {'model_type', 'architectures', 'transformers_version'}
 
 _COMMON = {
     'chunk_size_feed_forward', 'dtype', 'id2label', 'is_encoder_decoder',
-    'label2id', 'output_hidden_states', 'problem_type', 'return_dict'}
+    'label2id', 'output_attentions', 'output_hidden_states',
+    'problem_type', 'return_dict'}
 
 def _told(base, kwargs):
     "What a file says at its top otherwise than in its base."

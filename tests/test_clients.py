@@ -291,12 +291,12 @@ def reads(folder, **kwargs): return AutoModelForCausalLM.from_pretrained(folder,
 def test_edits_take_effect(root, kind, tmp_path):
     config = AutoConfig.from_pretrained(root/kind)
     assert config.attention_dropout == 0. and config.num_key_value_heads == 4
-    config.attention_dropout, config.use_cache, config.output_hidden_states = .3, False, True
+    config.attention_dropout, config.use_cache, config.output_hidden_states, config.output_attentions = .3, False, True, True
     config.rope_parameters['rope_theta'] = 500.
     config.save_pretrained(tmp_path)
     for cfg in (config, AutoConfig.from_pretrained(tmp_path), pickle.loads(pickle.dumps(config))):
         got = reads(root/kind, config=cfg).config
-        assert (got.attention_dropout, got.use_cache, got.output_hidden_states) == (.3, False, True)
+        assert (got.attention_dropout, got.use_cache, got.output_hidden_states, got.output_attentions) == (.3, False, True, True)
         assert got.rope_parameters['rope_theta'] == 500.
     assert reads(root/kind, attention_dropout=.2).config.attention_dropout == .2
     assert reads(root/kind).config.attention_dropout == 0.
