@@ -248,6 +248,18 @@ def load_adaptive_model(
     return adapt(model if device is None else model.to(device), config)
 
 # %% ../nbs/07_loaders.ipynb #c0019
+_TOKENIZER_FILES = re.compile(r'token|vocab|merges|spiece|sentencepiece|tekken|bpe|\.model$')
+
+def _check_tokenizer(path, name):
+    "Refuse a folder without the files of a tokenizer, with a look at what it holds."
+    if not path.is_dir(): return
+    held = sorted(x.name for x in path.iterdir())
+    if any(map(_TOKENIZER_FILES.search, held)): return
+    raise FileNotFoundError(
+        f'{name} holds no tokenizer, only {held[:8]}; take that of the model it was made from: '
+        'load_tokenizer(its name).save_pretrained(this folder)')
+
+# %% ../nbs/07_loaders.ipynb #ce7da902
 def load_tokenizer(
     model_name:str|os.PathLike, # Embedded name, folder, GGUF file or hub name
     **kwargs, # For `AutoTokenizer.from_pretrained`
@@ -255,6 +267,7 @@ def load_tokenizer(
     "The tokenizer that belongs to a model."
     from transformers import AutoTokenizer
     path, extra = resolve(model_name)
+    if not extra: _check_tokenizer(Path(path)/kwargs.get('subfolder', ''), os.fspath(model_name))
     with explain(os.fspath(model_name)):
         file, reader = own_reader(path, extra)
         if reader is not None: return reader.read_tokenizer(file, **kwargs)

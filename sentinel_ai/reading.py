@@ -23,9 +23,9 @@ from .wiring import (
 from .unet import add_skips
 from .agency import Agency
 from .folder import (
-    check_built, check_scale, check_sums, shapes_in, weight_files)
+    SIDES, check_built, check_scale, check_sums, shapes_in, weight_files)
 from .loaders import explain
-from .config import SentinelConfig
+from .config import SentinelConfig, check_code
 from .removed import recall_removed
 from .sizes import as_budget, resize
 
@@ -126,12 +126,28 @@ def _to_base(base, kwargs):
         if key in _OF_LOADER or not hasattr(base, key): continue
         setattr(base, key, kwargs.pop(key))
 
+def _check_sizes(path, saved, asked):
+    "Raise `ValueError` where the caller wants another size than the weights have."
+    for name in (*SIDES, 'num_hidden_layers'):
+        was, wanted = (getattr(c.get_text_config(), name, None) for c in (saved, asked))
+        if was != wanted: raise ValueError(
+            f'{path}: {name} is to be {str(wanted)[:20]}, and the model was saved with {str(was)[:20]}; '
+            'the config of a model may change what it does, not the sizes of its weights')
+
+# %% ../nbs/07a_reading.ipynb #c2dcc6f3
 def _open_gates(model, no_gates):
     "Gates as the model should have them once its weights are read."
     for sentinel in no_gates.values(): nn.init.ones_(sentinel.gate)
     for site in model.sentinel.now:      # transformers makes all trainable
         sentinel = site.module.sentinel
         sentinel.gate.requires_grad_(sentinel.mode == 'learned')
+
+# %% ../nbs/07a_reading.ipynb #2cdbb9c3
+def _check_file(path, hub):
+    "Raise `ValueError` if it is the file that asks for code from elsewhere, and not the caller."
+    said, _ = SentinelConfig.get_config_dict(path, **hub)
+    try: check_code({key: said[key] for key in said if key != 'base'})
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/07a_reading.ipynb #9fea7a38
 def _weights_of(path, hub, variant):
@@ -152,7 +168,9 @@ def _read(path, config, hub, verify, *args, budget=None, **kwargs):
     "The model of a folder, and what its loader has to say."
     base = config.base_config()
     _to_base(base, kwargs)
+    _check_sizes(path, config.saved_config(), base)
     attention = getattr(config, '_attn_implementation_internal', None)
+    if '/' in str(attention): _check_file(path, hub)
     if attention: kwargs.setdefault('attn_implementation', attention)
     files = _weights_of(path, hub, kwargs.get('variant'))
     model, info = _read_weights(path, config, base, files, *args, **kwargs)
@@ -165,9 +183,19 @@ def _read(path, config, hub, verify, *args, budget=None, **kwargs):
     return model, info
 
 # %% ../nbs/07a_reading.ipynb #c0055
+def _check_task(path, task):
+    "Raise `ValueError` in a pipeline that wants something else than text."
+    if task not in (None, 'text-generation'): raise ValueError(
+        f'{path} is a causal language model: a pipeline of it is '
+        f"'text-generation', and {task!r} needs another model")
+
 class SentinelForCausalLM:
     "What `AutoModelForCausalLM` finds; instances are of the base's adaptive class."
     config_class = SentinelConfig
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class='AutoModelForCausalLM'):
+        "The folder has a file for that already."
 
     @classmethod
     def from_pretrained(
@@ -176,6 +204,7 @@ class SentinelForCausalLM:
     ):
         "As in transformers. Raises `ValueError` if weights and plan don't fit; `verify`: compare checksums."
         path = os.fspath(pretrained_model_name_or_path)
+        _check_task(path, kwargs.get('_from_pipeline'))
         settle(path)
         hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         config = config or SentinelConfig.from_pretrained(path, **hub)

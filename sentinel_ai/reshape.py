@@ -25,7 +25,8 @@ from .state import built_sites, is_compact, state_of
 from .state import transaction, will_write
 from .stash import bare_name
 from .shaping import apply_plan
-from .config import HEADS_FILE, extra_biases
+from .config import HEADS_FILE
+from .described import extra_biases
 from .removed import recall_removed
 from .unet import add_skips, check_skips, remove_skips
 from .memory import HeadMemory

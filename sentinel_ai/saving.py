@@ -18,9 +18,10 @@ from .folder import variant_of, weight_sums
 from .gates import check_edit, is_adaptive, is_merged
 from .adaptive import AdaptiveMixin, plain_class, save_plain
 from .merge import unmerged_state
-from .config import (
-    CARD, FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig,
-    extra_biases, is_plain, model_card, public_name, sentinel_config)
+from .modeling import MODELING_FILE, is_our_modeling, write_modeling
+from .config import FORMAT, HEADS_FILE, MEMORY_FILE, SentinelConfig
+from .described import (
+    CARD, extra_biases, is_plain, model_card, public_name, sentinel_config)
 from .removed import recall_removed, save_removed
 from .family_file import FAMILY_FILE, save_family
 from .sizes import misfit
@@ -53,6 +54,7 @@ def _survives(folder):
         if '/' in name: return True
         if name in (MEMORY_FILE, HEADS_FILE, FAMILY_FILE): return False
         if name == 'README.md': return not _is_our_card(folder/name)
+        if name == MODELING_FILE: return not is_our_modeling(folder/name)
         kind = variant_of(name)
         if kind is None: return True
         written = {variant_of(p.name) for p in stage.iterdir()} - {None}
@@ -83,7 +85,9 @@ def _write(m, d, memory, checksum=True, **kwargs):
     if plain: save_plain(m, d, **kwargs)
     else: _save_sentinel(m, d, checksum, **kwargs)
     if not kwargs.get('is_main_process', True): return
-    if not plain: write_text(d/'README.md', model_card(m))
+    if not plain:
+        write_text(d/'README.md', model_card(m))
+        write_modeling(d)
     if not memory: return
     save_removed(m, d/MEMORY_FILE)
     heads = m.sentinel.memory
