@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'export_gguf', 'gguf_logits', 'pre_tokenizer']
 import json, numpy, os, torch
 from torch import nn
 from .adaptive import plain_class
-from .config import public_name
+from .described import public_name, without_paths
 from .state import state_of
 from .surgery import HeadPlan
 from .io import whole
@@ -70,8 +70,7 @@ def _model_name(m):
 
 def _shape_of(m):
     "What a reader needs to build the model: its config and its plan, as JSON."
-    base = m.config.to_dict()
-    base['_name_or_path'] = public_name(m.config)
+    base = without_paths(m.config.to_dict(), public_name(m.config))
     plan = HeadPlan.from_gates(m) if state_of(m) is not None else None
     is_cut = plan is not None and not (plan.whole and not plan.has_grown)
     told = dict(base=base, base_class=plain_class(m).__name__, plan=plan.to_dict() if is_cut else None)
