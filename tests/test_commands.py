@@ -133,7 +133,7 @@ def test_a_prompt_that_is_no_text(monkeypatch, capsys):
     assert 'utf-8' in refused(generate_cli, ['--prompt', '-'], capsys)
 
 
-@pytest.mark.parametrize('more', ['', '--params .8', '--params .8 --lora 4', '--params .8 --recover plain'])
+@pytest.mark.parametrize('more', ['', '--params .8 --lora 4'])
 def test_interrupted_and_resumed(more, tmp_path, monkeypatch, capsys):
     "Ctrl-C in the middle of a run leaves checkpoints; the run that goes on from the last one ends as the run that wasn't interrupted."
     argv = [*more.split(), '--max_steps', '6', '--save_strategy', 'steps', '--save_steps', '2', '--eval_strategy', 'no', '--block_size', '32',
