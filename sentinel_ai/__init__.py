@@ -11,6 +11,7 @@ from .measure import HeadStats, measure, score
 from .surgery import HeadPlan, compact, expand
 from .pruning import close_heads, prune, undo_repair, unprune
 from .stream import compensate
+from .undo import unpruned
 from .elastic import elastic
 from .sizes import resize
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
@@ -25,7 +26,7 @@ from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
 
 _LATER = dict(train=('AdaptiveCallback', 'AdaptiveTrainer', 'GateCallback', 'GateRun', 'HeadLR', 'Plasticity', 'adaptive_trainer', 'train_gates'),
-              recovery=('RecoveryTrainer', 'recover', 'recovery_args'), teacher=('teacher_bytes', 'unpruned'),
+              recovery=('RecoveryTrainer', 'recover', 'recovery_args'), teacher=('teacher_bytes', 'teacher_of'),
               checkpoint=('latest_checkpoint', 'load_checkpoint', 'restore', 'save_checkpoint'))
 
 

@@ -26,6 +26,7 @@ from .request import PruneRequest
 from .rounds import shut_units, tell_memory
 from .stream import first_judge, walk_through
 import sentinel_ai.timed  # noqa: F401
+from .undo import check_known, is_known
 from .trials import FEWEST_TRIALS, LEAST_TEXT
 
 # %% ../nbs/03b_pruning.ipynb #c0004
@@ -142,6 +143,10 @@ def make_up(self:PruneRequest, m):
     affine = {kind: repair == 'affine' for kind, (repair, _) in self.how.items()}
     judged = self.batches[first_judge(len(self.batches)):] or self.batches
     before = text_loss(m, judged)
+    if not is_known(m) and not self.compensate:
+        self.info['compensate'] = "what was pruned before wasn't kept with the model"
+        return
+    check_known(m, 'compensate=True')
     with transaction(m) as trial:
         try: left = walk_through(m, self.batches, affine)
         except UnsupportedArchitecture as e:

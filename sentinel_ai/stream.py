@@ -26,7 +26,7 @@ from .ranks import check_allowed
 from .repair import change_param, check_free, weight_names
 from .shaping import kinds_of
 from .state import transaction
-from .undo import unpruned
+from .undo import check_known, unpruned
 
 # %% ../nbs/03b_stream.ipynb #13715824
 def layer_path(
@@ -71,7 +71,7 @@ def caught(
 ):
     "What their output projections read and give: a dict of kind to a pair."
     found = {}
-    def note(site, module, args, out): found[site.kind] = args[0].detach(), out.detach()
+    def note(site, module, args, out): found[site.kind] = args[0].detach(), out.detach().clone()
     hooks = [site.out.register_forward_hook(partial(note, site)) for site in sites]
     try: yield found
     finally:
@@ -295,6 +295,7 @@ def compensate(
     m = need_adapted(model)
     for edit in ('measure', 'repair'): check_edit(model, edit)
     check_free(m.sentinel.now)
+    check_known(m, 'compensate')
     is_pruned = bool(m.sentinel.repairs) or not m.sentinel.plan.whole
     check_allowed(is_pruned, 'a model that was not pruned with repair', 'one that prune(model, ...) has pruned')
     batches = [*token_batches(batches, batch_size, 'cpu')]

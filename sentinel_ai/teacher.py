@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from .gates import check_edit, gate_values, need_adapted
 from .shaping import kinds_of
 from .site import owner_of
-from .stash import full_param, is_complete, record_of
-from .undo import is_cut, own_parameters, unpruned
+from .stash import full_param, record_of
+from .undo import is_cut, is_known, own_parameters, unpruned
 
 # %% ../nbs/10c_teacher.ipynb #d4426d6c
 _GIVE = 'give teacher=, the model as it was before pruning'
@@ -37,9 +37,7 @@ def check_teacher(
     "Raise unless a model can be brought back to what it was."
     m = need_adapted(model)
     check_edit(model, 'compact')
-    state = m.sentinel
-    is_there = is_complete(state.stash.values())
-    if not is_there or state.repairs.lost: raise ValueError(
+    if not is_known(m): raise ValueError(
         "what was pruned wasn't kept with this model (memory=False?), "
         f"so it can't teach; {_GIVE}")
     if not is_pruned(m): raise ValueError(

@@ -12,6 +12,8 @@ torch.set_num_threads(1)
 IDS = torch.arange(2*48).view(2, 48).remainder(60) + 3
 CALIB = (torch.arange(16*24).remainder(53) + torch.arange(16*24)//7 % 31 + 3).view(16, 24)
 NAMES = [*LISTED_ALL, *(EXPERTS if SAYS_LAYOUT else [])]
+# norms or scales behind the projections, so what they write isn't what the stream gains
+REFUSED = {'gemma2', 'gemma3_text', 'olmo2', 'opt-post-norm', 'gemma3-mqa', 'minimax'}
 CUT = dict(params=.93, rounds=1, progress=False)
 
 
@@ -32,13 +34,13 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 def test_on_the_matrix(name, tmp_path):
     m = made(name)
     before = logits(m)
-    try: prune(m, batches=CALIB, **CUT)
-    except UnsupportedArchitecture as e: pytest.skip(str(e)[:60])
-    pruned = weights(m)
-    try: left = compensate(m, CALIB)
-    except UnsupportedArchitecture as e:
-        assert 'stream' in str(e) and same(weights(m), pruned)
-        pytest.skip(str(e)[:60])
+    prune(m, batches=CALIB, **CUT)
+    if name in REFUSED:
+        pruned = weights(m)
+        with pytest.raises(UnsupportedArchitecture, match='stream'): compensate(m, CALIB)
+        assert same(weights(m), pruned)
+        return
+    left = compensate(m, CALIB)
     assert all(0 <= share <= 1.0001 for share in left.values())
     masked = logits(m)
     assert torch.equal(logits(unpruned(m)), before)
@@ -192,3 +194,21 @@ def test_bad_input(texts):
     with pytest.raises(ValueError): compensate(m, text[:4])
     with torch.no_grad(): m.model.layers[1].mlp.up_proj.weight[0] = before['model.layers.1.mlp.up_proj.weight'][0]
     assert {k for k, v in weights(m).items() if not torch.equal(v, before[k])} <= {k for k in before if 'sentinel' in k}
+
+
+def test_what_was_not_kept_is_not_needed(texts, tmp_path):
+    "A model that was saved without what was cut out is pruned further; only who asks for compensation gets an error."
+    ids = torch.arange(16*48).view(16, 48).remainder(61) + 3
+    m = random_model('llama', num_hidden_layers=6)
+    prune(m, batches=ids, compensate=False, **CUT)
+    compact(m)
+    m.save_pretrained(tmp_path, memory=False)
+    m = load_adaptive_model(str(tmp_path))
+    was = weights(m)
+    for edit in (lambda: compensate(m, ids), lambda: prune(m, batches=ids, compensate=True, **CUT | dict(params=.9))):
+        with pytest.raises(RuntimeError, match="wasn't kept"): edit()
+        assert same(weights(m), was)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, 'LEAST_TEXT', 512)
+        plan = prune(m, batches=ids, **CUT | dict(params=.9))
+    assert "wasn't kept" in plan.info['compensate']
