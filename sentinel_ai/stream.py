@@ -166,6 +166,7 @@ class Walk:
             behind.append(out)
         return behind
 
+# %% ../nbs/03b_stream.ipynb #c4be0ead
 def first_judge(
     n:int, # Batches
 ) -> int: # `n` if there is only one
@@ -184,6 +185,24 @@ class Compensation:
 
     @property
     def judged(self) -> int: return first_judge(len(self.calls))
+
+# %% ../nbs/03b_stream.ipynb #fecd61aa
+def _started(m, batches, affine):
+    "Both models at the first layer, and what layers are called with."
+    whole = unpruned(m)
+    sites = {s.layer: layer_path(s) for s in [*m.sentinel.built]}
+    numbers = sorted(sites)
+    layers = [whole.get_submodule(sites[n]) for n in numbers]
+    calls, stream, counts = [], [], []
+    for ids, mask, _ in (batch_on(m, batch) for batch in batches):
+        with noted_calls(layers) as found: whole(ids, **forward_args(whole, mask))
+        check_allowed(len(found) == len(layers), f'{len(found)} calls of {len(layers)} layers',
+                      'a model that calls each of its layers once')
+        calls.append([call for _, call in found])
+        stream.append(found[0][0])
+        counts.append((torch.ones_like(ids) if mask is None else mask).bool().flatten())
+    walks = Walk(whole, stream), Walk(m, list(stream))
+    return Compensation(*walks, calls, counts, affine, {}), [(sites[n], n) for n in numbers]
 
 # %% ../nbs/03b_stream.ipynb #eead2837
 @patch
@@ -251,24 +270,6 @@ def one_layer(self:Compensation, layer:str, number:int, calls:list):
         ahead = middle if site.kind == 'heads' else behind
         if ahead is not None: self.correct(site, *self.errors_at(site, layer, calls, factor, ahead))
     self.whole.stream, self.pruned.stream = behind, self.pruned.through(layer, calls)
-
-# %% ../nbs/03b_stream.ipynb #549398ec
-def _started(m, batches, affine):
-    "Both models at the first layer, and what layers are called with."
-    whole = unpruned(m)
-    sites = {s.layer: layer_path(s) for s in [*m.sentinel.built]}
-    numbers = sorted(sites)
-    layers = [whole.get_submodule(sites[n]) for n in numbers]
-    calls, stream, counts = [], [], []
-    for ids, mask, _ in (batch_on(m, batch) for batch in batches):
-        with noted_calls(layers) as found: whole(ids, **forward_args(whole, mask))
-        check_allowed(len(found) == len(layers), f'{len(found)} calls of {len(layers)} layers',
-                      'a model that calls each of its layers once')
-        calls.append([call for _, call in found])
-        stream.append(found[0][0])
-        counts.append((torch.ones_like(ids) if mask is None else mask).bool().flatten())
-    walks = Walk(whole, stream), Walk(m, list(stream))
-    return Compensation(*walks, calls, counts, affine, {}), [(sites[n], n) for n in numbers]
 
 # %% ../nbs/03b_stream.ipynb #06eab8f2
 @torch.no_grad()
