@@ -205,6 +205,7 @@ def prune(model:nn.Module, # Any decoder; it is adapted if it isn't
     context:int=512, # Tokens attended to, for `flops` and `ms`
     seed:int=0, # For criterion='random'
     compensate:bool|None=None, # Also make up for errors of layers before; default with enough text
+    depth:bool|None=None, # Leave out whole sublayers where that saves time for less; default for `ms`
     optimizer=None, # Its moments go into an attached `HeadMemory`
     progress:bool=True, # Show bars
 ) -> HeadPlan: # What is kept; `plan.info` says how it was chosen

@@ -45,6 +45,9 @@ class PruneRequest(Target):
     channel_ridge: float = CHANNEL_RIDGE # Of channels
     seed: int = 0 # For criterion='random'
     compensate: bool|None = None # For errors of layers before; None: where there is text enough
+    depth: bool|None = None # Leave out whole sublayers too? None: for a budget of time
+    depth: bool|None = None # Leave out whole sublayers too? None: for a budget of time
+    depth: bool|None = None # Leave out whole sublayers too? None: for a budget of time
     optimizer: object = None # Whose moments a memory takes
     progress: bool = True # Show bars
     unit: str = field(init=False, default=None) # Of the goal
@@ -53,6 +56,9 @@ class PruneRequest(Target):
     how: dict = field(init=False, default_factory=dict) # Repair, ridge
     slope: float = field(init=False, default=0.) # Of prices by depth, from trials
     clock: object = field(init=False, default=None) # A `Clock`, for a budget of time
+    depths: object = field(init=False, default=None) # `Depths`, of sublayers
+    depths: object = field(init=False, default=None) # `Depths`, of sublayers
+    depths: object = field(init=False, default=None) # `Depths`, of sublayers
     rates: dict = field(init=False, default_factory=dict) # Kind to time for a parameter
     info: dict = field(init=False, default_factory=dict) # Notes for the plan
     warned: bool = field(init=False, default=False) # Of too few tokens
@@ -116,6 +122,10 @@ def check_names(self:PruneRequest):
     kind = self.repair
     check_allowed(kind in REPAIRS, f'repair={kind!r}', f'one of {REPAIRS}')
     is_repaired = kind in ('linear', 'affine')
+    is_choice = self.depth in (None, True, False)
+    check_allowed(is_choice, f'depth={self.depth!r}', 'None, True or False')
+    is_timed = self.ms is not None and self.is_joint
+    check_allowed(is_timed or not self.depth, 'depth=True', 'it with ms= for heads and channels together')
     check_allowed(is_repaired or not self.compensate, f'compensate=True with repair={kind!r}',
                   "it with repair='affine' or 'linear'")
 

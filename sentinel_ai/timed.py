@@ -6,7 +6,7 @@
 __all__ = ['MOST_EXTRA', 'MARGIN', 'SLACK', 'MOST_AGAIN', 'whole_copy', 'Clock', 'smallest_copy', 'next_goal']
 
 # %% ../nbs/03b_timed.ipynb #3a9aa24e
-import torch, warnings
+import copy, torch, warnings
 from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -14,6 +14,7 @@ from .choose import choose
 from .clock import (
     PHASES, compact_copy, heads_for_ms, latency, light_copy, prompt_length,
     rates_of, shaped_copy, time_ratios, timed_level)
+from .depth import Trial
 from .gates import gate_values, set_gates
 from .ranks import check_allowed
 from .request import PruneRequest
@@ -113,6 +114,7 @@ def settle_ms(self:PruneRequest, m):
     self.start_clock(m)
     self.check_time(m)
     self.measure_rates()
+    if self.depth is not False: self.start_depths(m)
     self.to_save = max(0., 1 - self.clock.share)
 
 # %% ../nbs/03b_timed.ipynb #13d782df
@@ -140,11 +142,12 @@ def next_goal(
     ratio:float, # What the clock says
     share:float, # What it should say
     rounds:int, # That are left, this one included
+    deep=(0., 0.), # What whole sublayers saved, by the rates and by the clock
 ) -> float: # What the rates should say then
     "The goal of a round: its part of what is missing, in the rates' own terms."
-    true = max(0., 1 - ratio)
-    is_known = saved > .05 and true > .02
-    says = min(max(saved/true, .25), 4.) if is_known else 1.
+    said, true = saved - deep[0], max(0., 1 - ratio - deep[1])
+    is_known = said > .05 and true > .02
+    says = min(max(said/true, .25), 4.) if is_known else 1.
     return saved + (ratio - share)*says/rounds
 
 # %% ../nbs/03b_timed.ipynb #d626de94
@@ -165,8 +168,8 @@ SLACK = .04        # below the budget, which is not worth another try
 MOST_AGAIN = 2     # tries of one round
 
 @patch
-def timed_round(self:PruneRequest, m, ratio, goal, aim) -> dict: # What the clock says then
-    "A round, made again for less if it came out far below the budget."
+def narrower(self:PruneRequest, m, ratio, goal, aim) -> dict: # What the clock says then
+    "A round of narrower layers, made again for less if it came out far below the budget."
     before = self.saved(m)
     for again in range(MOST_AGAIN + 1):
         with transaction(m, self.optimizer) as trial:
@@ -178,15 +181,48 @@ def timed_round(self:PruneRequest, m, ratio, goal, aim) -> dict: # What the cloc
             trial.rollback()
         goal = before + (after - before)*(ratio - aim)/gained
 
+# %% ../nbs/03b_timed.ipynb #ee7d98dd
+@patch
+def timed_round(self:PruneRequest, m, ratios, goal, aim, left) -> dict: # What the clock says then
+    "A round of narrower layers, or of fewer, whichever costs less; `left` counts rounds."
+    ratio = max(ratios.values())
+    if self.depths is None: return self.narrower(m, ratio, goal, aim)
+    wanted, before, info = ratio - aim, self.cost_of(m), copy.deepcopy(self.info)
+    deep = self.try_depth(m, ratios, wanted/left)
+    deep.gain = min(deep.gain, wanted)
+    with transaction(m, self.optimizer) as trial:
+        after = self.narrower(m, ratio, goal, aim)
+        gain = min(ratio - max(after.values()), wanted)
+        narrow = Trial(self.cost_of(m) - before, gain)
+        is_best = narrow.price <= deep.price
+        if not is_best: trial.rollback()
+    if not is_best: self.info = info
+    prices = {'depth': deep.price, 'width': narrow.price}
+    self.info.setdefault('contests', []).append({k: round(p, 4) for k, p in prices.items()})
+    return after if is_best else self.deeper(m, deep, ratio)
+
+@patch
+def deeper(self:PruneRequest, m, found, ratio) -> dict: # What the clock says then
+    "Leave out what a trial has found, and note what it saves."
+    before = self.saved(m)
+    self.go_deep(m, found)
+    after = self.clock.ratios(m)
+    said, true = self.depths.saved
+    gain = ratio - max(after.values())
+    self.depths.saved = said + self.saved(m) - before, true + gain
+    return after
+
+# %% ../nbs/03b_timed.ipynb #e0163add
 @patch
 def timed_rounds(self:PruneRequest, m) -> int: # How many there were
     "Rounds until the clock is content."
     watch, planned = self.clock, len(self.goals(m))
     aim, ratios = watch.share*MARGIN, watch.ratios(m)
     for done in range(planned + MOST_EXTRA + 1):
-        ratio = max(ratios.values())
+        ratio, left = max(ratios.values()), max(1, planned - done)
         if ratio <= watch.share or done == planned + MOST_EXTRA: break
-        goal = next_goal(self.saved(m), ratio, aim, max(1, planned - done))
-        ratios = self.timed_round(m, ratio, goal, aim)
+        deep = (0., 0.) if self.depths is None else self.depths.saved
+        goal = next_goal(self.saved(m), ratio, aim, left, deep)
+        ratios = self.timed_round(m, ratios, goal, aim, left)
     self.note_time(m, ratios)
     return done
