@@ -10,7 +10,7 @@ import copy, torch, warnings
 from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .choose import choose
+from .choose import choose, reachable_cost
 from .clock import (
     PHASES, compact_copy, heads_for_ms, latency, light_copy, prompt_length,
     rates_of, shaped_copy, time_ratios, timed_level)
@@ -163,6 +163,15 @@ def note_time(self:PruneRequest, m, ratios):
         f'asked for {watch.share:.3g} of the time, and after all rounds it is {found}: this machine '
         'is busy, or its clock has steps; prune again with a lower ms=, or with params=')
 
+# %% ../nbs/03b_timed.ipynb #ae67485e
+@patch
+def within_reach(self:PruneRequest, m, goal) -> float:
+    "A goal that pruning some units can meet; one head is kept."
+    units = self.units_now(m)
+    heads = units[0]
+    one = float(heads.cost.max() + heads.group_cost.max())
+    return min(goal, reachable_cost(units) - one)
+
 # %% ../nbs/03b_timed.ipynb #e82b6e9b
 SLACK = .04        # below the budget, which is not worth another try
 MOST_AGAIN = 2     # tries of one round
@@ -170,7 +179,7 @@ MOST_AGAIN = 2     # tries of one round
 @patch
 def narrower(self:PruneRequest, m, ratio, goal, aim) -> dict: # What the clock says then
     "A round of narrower layers, made again for less if it came out far below the budget."
-    before = self.saved(m)
+    before, goal = self.saved(m), self.within_reach(m, goal)
     for again in range(MOST_AGAIN + 1):
         with transaction(m, self.optimizer) as trial:
             self.one_round(m, goal)
