@@ -19,6 +19,15 @@ def code(page):
     return [(cell['id'], ''.join(cell['source'])) for cell in cells if cell['cell_type'] == 'code']
 
 
+def figures(page):
+    "Code cells whose stored output is a picture: id and the text that stands for it."
+    for cell in json.loads((NBS/page).read_text(encoding='utf-8'))['cells']:
+        kinds = [kind for output in cell.get('outputs', []) for kind in output.get('data', {})]
+        if not any(kind.startswith('image/') for kind in kinds): continue
+        alt = re.search(r'^#\| fig-alt: "(.*)"$', ''.join(cell['source']), re.M)
+        yield cell['id'], alt[1] if alt else ''
+
+
 def parsed(source):
     "None for a cell with commands of a shell."
     try: return ast.parse(source)
@@ -83,3 +92,10 @@ def test_no_variable_is_taken_for_granted(page):
 def test_no_page_needs_nbdev(page):
     "Only the reference notebooks export code."
     assert not [name for name, source in code(page) if 'nbdev_export' in source]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_each_figure_is_said_in_words(page):
+    "Who doesn't see a figure reads or hears `#| fig-alt: \"…\"`: what it shows, in a sentence or two."
+    for name, alt in figures(page):
+        assert len(alt.split()) > 5, f'{page} {name}: say what the figure shows with #| fig-alt: "…"'
