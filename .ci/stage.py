@@ -135,7 +135,7 @@ def library(pages, side):
         elif inside and href is None: res.append(f'## {label}')
         elif inside and href in by:
             p = by[href]
-            links = {n: f'[`{n}`]({href}#{slug(n)})' for n in p.names() if '.' not in n}
+            links = {n: f'[`{n}`]({href}#{slug(n)})' for n in p.names() if '.' not in n and n[0] != '_'}
             names = ' · '.join([f'**{a}**' for n, a in links.items() if n in top] + [a for n, a in links.items() if n not in top])
             res.append(f'[**{p.title}**]({href}): {p.description}\n\n{names}')
     return '\n\n'.join(res)

@@ -8,7 +8,8 @@ import pytest
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 PAGES = sorted(path.relative_to(NBS).as_posix() for path in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts)
-FLAGS = r'^#\| *(slow|gpu|net)\b'
+FLAGS = r'^#\| *(slow|gpu|net|eval: *false)\b'
+INSTALL = "'google.colab' in str(get_ipython())"  # commands of a shell, in Colab only
 WRITES = r'write_text|write_bytes|os\.replace|\.replace\(RESULTS|json\.dump\(|copyfile|\.save\('
 SHIPPED = r'\b(RESULTS|PATH|SHIPPED)\b|benchmarks/results|sentinel_ai/models'
 
@@ -17,6 +18,15 @@ def code(page):
     "Code cells: id and source."
     cells = json.loads((NBS/page).read_text(encoding='utf-8'))['cells']
     return [(cell['id'], ''.join(cell['source'])) for cell in cells if cell['cell_type'] == 'code']
+
+
+def figures(page):
+    "Code cells whose stored output is a picture: id and the text that stands for it."
+    for cell in json.loads((NBS/page).read_text(encoding='utf-8'))['cells']:
+        kinds = [kind for output in cell.get('outputs', []) for kind in output.get('data', {})]
+        if not any(kind.startswith('image/') for kind in kinds): continue
+        alt = re.search(r'^#\| fig-alt: "(.*)"$', ''.join(cell['source']), re.M)
+        yield cell['id'], alt[1] if alt else ''
 
 
 def parsed(source):
@@ -55,7 +65,7 @@ def promised(tree):
 def test_long_cells_ask_first(page):
     "Jupyter runs cells with a flag too: what is in them waits for `rerun`, which says what it would do."
     for name, source in code(page):
-        if not re.search(FLAGS, source, re.M): continue
+        if not re.search(FLAGS, source, re.M) or INSTALL in source: continue
         tree = parsed(source)
         assert tree is not None, f'{page} {name}'
         bad = [ast.unparse(statement) for statement in tree.body if not is_harmless(statement)]
@@ -83,3 +93,19 @@ def test_no_variable_is_taken_for_granted(page):
 def test_no_page_needs_nbdev(page):
     "Only the reference notebooks export code."
     assert not [name for name, source in code(page) if 'nbdev_export' in source]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_each_figure_is_said_in_words(page):
+    "Who doesn't see a figure reads or hears `#| fig-alt: \"…\"`: what it shows, in a sentence or two."
+    for name, alt in figures(page):
+        assert len(alt.split()) > 5, f'{page} {name}: say what the figure shows with #| fig-alt: "…"'
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page.startswith('tutorials/')])
+def test_code_fits_the_page(page):
+    "Longer lines wrap on the site and are cut off in Jupyter."
+    for name, source in code(page):
+        if re.search(r'^#\| *(hide|echo: *false)\b', source, re.M): continue
+        wide = [line for line in source.splitlines() if len(line) > 78 and not line.startswith('#|')]
+        assert not wide, f'{page} {name}: more than 78 characters in {wide[0]!r}'
