@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['n_processes', 'this_process', 'is_first', 'share_tensor', 'of_first', 'of_all', 'in_first', 'share_model', 'renew',
-           'averaged', 'is_same', 'check_whole_model']
+           'averaged', 'keep_averaging', 'check_whole_model']
 
 # %% ../nbs/09b_processes.ipynb #68edabef
 import io, pickle, torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/09b_processes.ipynb #c5c8c4e9
@@ -140,16 +141,30 @@ def renew(
     ddp.__setstate__(ddp.__getstate__())
     if handler is not None: handler.register_comm_hook(ddp)
 
+# %% ../nbs/09b_processes.ipynb #c297f3aa
 def averaged(
     model, # Inside the DDP
-) -> list: # Compare two of these: is there something to renew?
-    "The parameters that a new DDP would average, with shape and type."
-    return [(p, p.shape, p.dtype) for p in model.parameters() if p.requires_grad]
+) -> list: # Nodes of autograd and shapes; held, or a node's address might be used again
+    "The trainable parameters, as DDP sees them."
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return [(get_gradient_edge(p).node, p.shape) for p in learned]
 
-def is_same(old, new):
-    "Are two lists of `averaged` about the same parameters?"
+def _is_same(old, new):
     if old is None or len(old) != len(new): return False
-    return all(p is q and a == b for (p, *a), (q, *b) in zip(old, new))
+    return all(a is b and size == other for (a, size), (b, other) in zip(old, new))
+
+def keep_averaging(
+    ddp:DistributedDataParallel, # Before its next forward pass
+    old:list|None, # What the last call returned
+    handler=None, # As for `renew`
+) -> list: # For the next call
+    "Renew a DDP if in any process the parameters are others than at the last call."
+    now = averaged(ddp.module)
+    home = next(ddp.module.parameters()).device
+    is_odd = torch.tensor(float(not _is_same(old, now)), device=home)
+    dist.all_reduce(is_odd, dist.ReduceOp.MAX)
+    if is_odd: renew(ddp, handler)
+    return now
 
 # %% ../nbs/09b_processes.ipynb #4f81bbaa
 def check_whole_model(

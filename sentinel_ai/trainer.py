@@ -26,9 +26,8 @@ from .run_state import load_scheduler
 from .saving import save_whole
 from .state import transaction
 from .learning import open_heads, sentinel_parameters
-from sentinel_ai.processes import (
-    averaged, is_same, n_processes, of_all, of_first, renew,
-    this_process)
+from .processes import (
+    keep_averaging, n_processes, of_all, of_first, this_process)
 
 # %% ../nbs/10_trainer.ipynb #c0041
 class AdaptiveTrainerMixin:
@@ -254,9 +253,8 @@ def _for_ddp(trainer):
 def training_step(self:AdaptiveTrainerMixin, model, inputs, *args, **kwargs):
     "As in transformers; DDP learns of parameters that are new."
     if isinstance(model, DistributedDataParallel):
-        now = averaged(model.module)
-        if not is_same(self._averaged, now): renew(model, self.accelerator.ddp_handler)
-        self._averaged = now
+        handler = self.accelerator.ddp_handler
+        self._averaged = keep_averaging(model, self._averaged, handler)
     return super(AdaptiveTrainerMixin, self).training_step(model, inputs, *args, **kwargs)
 
 # %% ../nbs/10_trainer.ipynb #c0072
