@@ -255,6 +255,7 @@ def _report(f, args, folder, n):
     "What one process does: call `f`, and write what it returns or raises."
     torch.set_num_threads(1)        # a fork can't share a pool of threads
     rank = dist.get_rank()
+    os.environ |= dict(RANK=f'{rank}', LOCAL_RANK=f'{rank}')     # as torchrun does
     try: found = dict(value=f(*args))
     except Exception as e: found = dict(error=f'{type(e).__name__}: {e}')
     torch.save(found, folder/f'{rank}.tmp')
