@@ -1,4 +1,4 @@
-"""Two processes with half of each batch do what one does with the whole: on every layout of heads, with gates that learn and with a cycle that cuts and restores."""
+"""Two processes with half of each batch do what one does with the whole: gates learn, or a cycle closes heads and cuts them out, on several layouts."""
 import tempfile, torch, transformers
 import pytest
 from transformers import TrainingArguments
@@ -38,8 +38,10 @@ def learns(n, arch, kinds=('heads',), **kw):
 
 
 def cycles(n, arch):
-    callback = AdaptiveCallback(ThresholdController(steps=8), every=2, measure_batches=3, compact_every=1, regrow=dict(warmup=1), agency=Agency(), head_lr=dict())
-    return *train(n, fresh(arch), callback, 8), [(e['closed'], e['opened'], e['compacted']) for e in callback.events]
+    callback = AdaptiveCallback(ThresholdController(steps=8), every=2, measure_batches=3, compact_every=1,
+                                regrow=dict(warmup=1), agency=Agency(), head_lr=dict())
+    found = train(n, fresh(arch), callback, 8)
+    return *found, [(e['closed'], e['opened'], e['compacted']) for e in callback.events]
 
 
 JOBS = {'learns llama, layers run twice': lambda n: learns(n, 'llama', gradient_checkpointing=True),
