@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from .data import TEXTS
+from .processes import in_first
 from .train import GateRun
 from .command import MODEL_HELP, check_place, default_model, need, opt
 
@@ -229,23 +230,24 @@ def _new_dir(name, root):
         else: return d
 
 # %% ../nbs/12d_cli_run.ipynb #c0191
+def _own_dir(run, args, root):
+    "What `run_dir` gives to a process that is alone"
+    given, resume = args.given, args.resume_from_checkpoint
+    if given is None and resume: return Path(resume).resolve().parent
+    if given is None: return _new_dir(f'{_slug(run.model)}-{_slug(run.text)}', root)
+    d = Path(given)
+    is_taken = d.exists() and (not d.is_dir() or any(d.iterdir()))
+    if is_taken and not (run.overwrite or resume): raise FileExistsError(
+        f'--output_dir {d} already holds something; '
+        'give another folder, --overwrite, or --resume_from_checkpoint')
+    return d
+
 def run_dir(
     run:RunOptions, # Names the model and the text
     args:'TrainOptions', # May name the folder, or a checkpoint in it
     root:str='runs', # Where new folders are made
 ) -> Path: # A folder that exists
-    "The folder of a run. Raises `FileExistsError` rather than overwrite."
-    given, resume = args.given, args.resume_from_checkpoint
-    if given is None and resume: return Path(resume).resolve().parent
-    if given is None:
-        if args.world_size > 1: raise ValueError(
-            'several processes have to write into one folder; give --output_dir')
-        return _new_dir(f'{_slug(run.model)}-{_slug(run.text)}', root)
-    d = Path(given)
-    is_taken = d.exists() and (not d.is_dir() or any(d.iterdir()))
-    may_write = run.overwrite or resume or args.process_index > 0
-    if is_taken and not may_write: raise FileExistsError(
-        f'--output_dir {d} already holds something; '
-        'give another folder, --overwrite, or --resume_from_checkpoint')
+    "The folder of a run, of all its processes. Raises `FileExistsError` rather than overwrite."
+    d = in_first(_own_dir, run, args, root)
     d.mkdir(parents=True, exist_ok=True)
     return d

@@ -12,10 +12,11 @@ from transformers.trainer_utils import SaveStrategy
 from .gates import gate_values
 from .site import model_size
 from .choose import closed_cost, units_of
+from .processes import check_whole_model, in_first, is_first, n_processes
 from .pruning import prune
 from .recovery import is_pruned, recover, recovery_rate
 from .data import TEXTS, lm_dataset, load_text
-from .train import TrainResult, check_one_process, n_steps, open_heads, train_gates
+from .train import TrainResult, n_steps, open_heads, train_gates
 from .viz import open_channels
 from .command import DEFAULT_MODEL, Parser, interruptible, load, quiet
 from .command import text_table, user_errors
@@ -94,8 +95,14 @@ def _blocks(o, text, model, tok):
     return data
 
 # %% ../nbs/12f_cli_train.ipynb #c0216
+def _check_processes(args):
+    "Refuse a model that is sharded over processes"
+    try: check_whole_model(args)
+    except RuntimeError as e: raise ValueError(f'--{e}') from e
+
 def _prepare(o, args):
     "Text, tokenizer, model and folder, the cheapest check first"
+    _check_processes(args)
     text = o.text if o.text in TEXTS else load_text(o.text)
     model, tok = load(o.model, dtype=o.dtype)
     if tok is None: raise ValueError(
@@ -136,11 +143,15 @@ def _recovered(model, tok, data, run, args, before):
     return TrainResult(model, before, res.before | counts, after, res.log[1:],
                        steps, torch.stack([gates, gates]), res.seconds)
 
+def _pruned(model, data, run, args):
+    "The pruned model, and what it was; the first process prunes for all"
+    model.to(args.device)
+    return model, prune_units(model, data, run.params, args.per_device_eval_batch_size)
+
 def _trained(model, tok, data, run, args):
     "Prune if that is asked for, and train"
     if run.params is None: return train_gates(model, data, run, args, tokenizer=tok)
-    model.to(args.device)
-    before = prune_units(model, data, run.params, args.per_device_eval_batch_size)
+    model, before = in_first(_pruned, model, data, run, args)
     if not is_pruned(model): run.recover = 'plain'        # --params 1: there is nothing to recover
     finish = _recovered if run.recover == 'distill' else _finetuned
     return finish(model, tok, data, run, args, before)
@@ -157,15 +168,17 @@ def _say_what(o, model, data, folder):
           f'{n["validation"]} held out; into {folder}', flush=True)
 
 def _train_parser(prog):
-    "The parser, which ends at once where several processes were started"
-    parser = Parser(
+    "The parser, with what the command is for"
+    return Parser(
         [RunOptions, Gates, TrainOptions], prog=prog, usage=f'{prog} [options]',
         description='Learn which heads a text needs and close the others, or '
         'prune heads and channels to a share of the parameters and '
         'recover what that lost; fine-tune, and report.')
-    try: check_one_process()
-    except RuntimeError as e: parser.exit(2, f'{prog}: {e}\n')
-    return parser
+
+def _started_by(prog):
+    "The words that start the command in as many processes as there are"
+    n = n_processes()
+    return [prog] if n == 1 else ['torchrun', '--nproc_per_node', f'{n}', '-m', 'sentinel_ai', 'train']
 
 # %% ../nbs/12f_cli_train.ipynb #c0221
 @interruptible
@@ -178,14 +191,14 @@ def train_cli(
     quiet()
     if o.text == 'python_docs': datasets.disable_progress_bars()
     with user_errors(prog): model, tok, data, folder = _prepare(o, args)
-    _say_what(o, model, data, folder)
+    if is_first(): _say_what(o, model, data, folder)
     try:
         with user_errors(prog): res = _trained(model, tok, data, run, args)
     except BaseException:
-        if not any(folder.iterdir()): folder.rmdir()
+        if is_first() and not any(folder.iterdir()): folder.rmdir()
         raise
     if not args.should_save: return 0
-    command = shlex.join([prog, *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join([*_started_by(prog), *(sys.argv[1:] if argv is None else argv)])
     save_run(folder, o, run, args, res, data, tok, command)
     sec = time.perf_counter() - start
     table = text_table(result_rows(res, row_names(run)))

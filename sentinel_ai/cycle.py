@@ -8,9 +8,12 @@ __all__ = ['AdaptiveCallback', 'HeadLR', 'Plasticity', 'perplexity_of']
 # %% ../nbs/10b_cycle.ipynb #0b947799
 import math
 from fastcore.basics import patch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from .gates import base_model
 from .head_lr import HeadLR
 from .learning import check_gradients
+from .processes import check_whole_model, n_processes, share_model
 from .plasticity import Plasticity, check_option, perplexity_of
 
 # %% ../nbs/10b_cycle.ipynb #caa5f4ba
@@ -47,6 +50,12 @@ def _inputs(batch):
     names = ('input_ids', 'attention_mask', 'labels')
     return {k: v for k, v in batch.items() if k in names}
 
+def _undivided(loader):
+    "A loader as it was before accelerate divided it between processes."
+    inner = getattr(loader.batch_sampler, 'batch_sampler', None)
+    if n_processes() == 1 or inner is None: return loader
+    return DataLoader(loader.dataset, batch_sampler=inner, collate_fn=loader.collate_fn)
+
 @patch
 def take(self:AdaptiveCallback, batches):
     "Keep the first few batches to decide on."
@@ -60,7 +69,7 @@ def join(self:AdaptiveCallback, trainer):
     data = trainer.eval_dataset
     if self.cycle.batches is not None or data is None: return
     first = next(iter(data)) if isinstance(data, dict) else None
-    self.take(trainer.get_eval_dataloader(first))
+    self.take(_undivided(trainer.get_eval_dataloader(first)))
 
 # %% ../nbs/10b_cycle.ipynb #c0086
 @patch
@@ -75,10 +84,12 @@ def load_state_dict(self:AdaptiveCallback, d):
     self.cycle.load_state_dict(d)
     self.loaded = True
 
-def _check_run(n_processes, step, is_loaded):
-    if n_processes > 1: raise RuntimeError(
-        f'{n_processes} processes: heads that are pruned or restored '
-        'change the parameters that the processes share; train in one process')
+def _check_run(args, step, is_loaded, trainer):
+    check_whole_model(args)
+    if args.world_size > 1 and trainer is None: raise RuntimeError(
+        f'{args.world_size} processes: heads that are pruned or restored change '
+        'the parameters whose gradients are averaged, and this trainer takes no notice; '
+        'use an AdaptiveTrainer (adaptive_trainer(base) makes one of another)')
     if step and not is_loaded: raise RuntimeError(
         f'the run is resumed at step {step}, but the cycle was not loaded: '
         'the folder is no complete checkpoint of an AdaptiveTrainer, '
@@ -89,7 +100,7 @@ def _check_run(n_processes, step, is_loaded):
 def on_train_begin(self:AdaptiveCallback, args, state, control, model=None,
                    optimizer=None, lr_scheduler=None, eval_dataloader=None,
                    **kwargs):
-    _check_run(args.world_size, state.global_step, self.loaded)
+    _check_run(args, state.global_step, self.loaded, self.trainer)
     if self.cycle.batches is None and eval_dataloader is None: raise ValueError(
         'there is nothing to decide on: give AdaptiveCallback(batches=...), '
         'or an AdaptiveTrainer an eval_dataset')
@@ -106,7 +117,9 @@ def on_pre_optimizer_step(self:AdaptiveCallback, args, state, control,
 def on_step_end(self:AdaptiveCallback, args, state, control, model=None,
                 optimizer=None, lr_scheduler=None, **kwargs):
     event = self.cycle.step(model, optimizer, state.global_step, lr_scheduler)
-    if event is not None: self.tell(event)
+    if event is None: return
+    share_model(base_model(model))
+    self.tell(event)
 
 @patch
 def on_log(self:AdaptiveCallback, args, state, control, logs=None, **kwargs):

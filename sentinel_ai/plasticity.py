@@ -19,6 +19,7 @@ from .memory import HeadMemory
 from .regrow import INITS, Regrowth, observe, regrow
 from .run_state import schedulers_in, sync_optimizer, unwrapped
 from .state import transaction
+from .processes import in_first, of_first
 from .head_lr import HeadLR
 
 # %% ../nbs/10b_plasticity.ipynb #c0007
@@ -189,7 +190,7 @@ def look(self:Plasticity, batches):
     what = {'gradient', *getattr(self.controller, 'needs', usual)}
     if self.prune['repair'] != 'none': what.add('gram')
     if self.model.sentinel.agency is not None: what.add('use')
-    return observe(self.model, batches, what, self.batch_size)
+    return in_first(observe, self.model, batches, what, self.batch_size)
 
 @patch
 def _calibration(self:Plasticity, step):
@@ -248,9 +249,9 @@ def _decide(self:Plasticity, batches, step):
     agency = m.sentinel.agency
     if agency is not None: agency.update(stats, step)
     plan = self.in_force()
-    asked = self.controller.decide(stats, plan, step)
+    asked = of_first(self.controller.decide(stats, plan, step))
     asked.check(m.sentinel.built.heads)
-    return stats, asked, *self._moves(plan, asked)
+    return stats, asked, *of_first(self._moves(plan, asked))
 
 # %% ../nbs/10b_plasticity.ipynb #a6031791
 @patch

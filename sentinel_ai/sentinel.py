@@ -92,11 +92,13 @@ def hard_concrete(
     beta:float=2/3, # Temperature
     gamma:float=-.1, # Stretch to the left of 0
     zeta:float=1.1, # Stretch to the right of 1
-    sample:bool=True, # Draw u; otherwise the gate used at evaluation
+    sample:bool=True, # With noise; otherwise the gate used at evaluation
+    u:Float[Tensor, ' h']|None=None, # The noise, 0 to 1; None: drawn here
 ) -> Float[Tensor, ' h']:
     "Hard-concrete gates in [0, 1] (Louizos et al. 2018, equations 10 to 13)."
     if sample:
-        u = torch.rand_like(log_alpha).clamp(1e-6, 1-1e-6)
+        if u is None: u = torch.rand_like(log_alpha)
+        u = u.clamp(1e-6, 1-1e-6)
         s = torch.sigmoid((u.logit() + log_alpha)/beta)
     else: s = torch.sigmoid(log_alpha)
     return (s*(zeta-gamma) + gamma).clamp(0, 1)
@@ -113,6 +115,8 @@ def open_prob(
 # %% ../nbs/00e_sentinel.ipynb #c0022
 class Sentinel(nn.Module):
     "The gates of one layer's units: attention heads or MLP channels."
+    noise = None              # that several processes share; None: each call draws its own
+
     def __init__(self,
         n:int, # Units of the layer
         config:GateConfig, # Mode and first values
@@ -140,7 +144,7 @@ class Sentinel(nn.Module):
         self.seen = None      # what `mark_of` said at the last look
         self.guard = None     # of a merged model: keeps closed units closed
 
-    def __getstate__(self): return {**self.__dict__, 'guard': None, 'seen': None}
+    def __getstate__(self): return {**self.__dict__, 'guard': None, 'seen': None, 'noise': None}
 
 # %% ../nbs/00e_sentinel.ipynb #c0025
 @patch
@@ -160,7 +164,7 @@ def forward(self:Sentinel,
         return self.gate + (clamped - self.gate).detach()
     c = self.config
     sample = self.training if sample is None else sample
-    z = hard_concrete(self.log_alpha, c.beta, c.gamma, c.zeta, sample)
+    z = hard_concrete(self.log_alpha, c.beta, c.gamma, c.zeta, sample, self.noise)
     return self.gate * self.spread(z)
 
 # %% ../nbs/00e_sentinel.ipynb #c0028

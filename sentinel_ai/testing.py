@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RERUN', 'random_config', 'random_model', 'may_store', 'rerun', 'results_file', 'store_result', 'cache_of',
-           'with_cache', 'command_output', 'check_command']
+           'with_cache', 'command_output', 'check_command', 'in_processes']
 
 # %% ../nbs/000_testing.ipynb #c0003
-import copy, difflib, io, json, os, pickle, torch
+import copy, difflib, io, json, os, pickle, tempfile, time, torch
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+import torch.distributed as dist
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache
 
@@ -248,3 +249,33 @@ def check_command(
     got, _, err = _run(command, argv)
     assert got == code, f'exit code {got} instead of {code}: {err}'
     assert says in err, f'{says!r} is not in {err!r}'
+
+# %% ../nbs/000_testing.ipynb #e9cc86d5
+def _report(f, args, folder, n):
+    "What one process does: call `f`, and write what it returns or raises."
+    torch.set_num_threads(1)        # a fork can't share a pool of threads
+    rank = dist.get_rank()
+    os.environ |= dict(RANK=f'{rank}', LOCAL_RANK=f'{rank}')     # as torchrun does
+    try: found = dict(value=f(*args))
+    except Exception as e: found = dict(error=f'{type(e).__name__}: {e}')
+    torch.save(found, folder/f'{rank}.tmp')
+    os.replace(folder/f'{rank}.tmp', folder/f'{rank}')
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if all((folder/f'{r}').exists() for r in range(n)): break
+        time.sleep(.02)
+
+def in_processes(
+    f, # Called in each process; may return tensors
+    *args, # Of `f`
+    n:int=2, # How many processes
+) -> list: # What each of them returned
+    "Call `f` in processes that train together, on the CPU. Raises `RuntimeError` with what one of them raised."
+    from accelerate import debug_launcher    # slow to import, and rarely needed
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as d:
+        debug_launcher(_report, (f, args, Path(d), n), n)
+        found = [torch.load(Path(d)/f'{r}', weights_only=False) for r in range(n)]
+    for rank, said in enumerate(found):
+        if 'error' in said: raise RuntimeError(f'process {rank}: {said["error"]}')
+    return [said['value'] for said in found]

@@ -6,10 +6,11 @@
 __all__ = ['AdaptiveTrainerMixin', 'AdaptiveTrainer', 'adaptive_trainer']
 
 # %% ../nbs/10_trainer.ipynb #8931f60b
-import functools, os
+import functools, os, torch
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, trainer_utils
 from transformers.trainer_utils import SaveStrategy
 from .foreign import check_fields, damaged
@@ -19,12 +20,14 @@ from .gates import base_model, is_adaptive
 from .budget import closed_share
 from .checkpoint import (
     INNER, MARKER, extend_scheduler, latest_checkpoint,
-    load_optimizer_state, load_rng_state, restore,
+    load_optimizer_state, load_rng_state, restore, rng_state,
     schedulers_in, seal, sync_optimizer, unwrapped, write_run)
 from .run_state import load_scheduler
 from .saving import save_whole
 from .state import transaction
 from .learning import open_heads, sentinel_parameters
+from .processes import (
+    keep_averaging, n_processes, of_all, of_first, this_process)
 
 # %% ../nbs/10_trainer.ipynb #c0041
 class AdaptiveTrainerMixin:
@@ -32,6 +35,7 @@ class AdaptiveTrainerMixin:
     gate_lr: float = .1   # Learning rate of gates and multipliers
     _stage = None         # Folder that a checkpoint is written to first
     _resumed = None       # The state that is being loaded
+    _averaged = None      # The parameters that DDP averages gradients of
 
 class AdaptiveTrainer(AdaptiveTrainerMixin, Trainer):
     "The Trainer for models that change; its checkpoints resume exactly."
@@ -82,10 +86,10 @@ def _gate_log(m):
 # %% ../nbs/10_trainer.ipynb #c0054
 @patch
 def _ours(self:AdaptiveTrainerMixin):
-    "Is the whole run in this process?"
+    "Does this process hold the whole model?"
     is_xla = getattr(self, 'is_fsdp_xla_enabled', False)
     is_split = self.is_deepspeed_enabled or self.is_fsdp_enabled or is_xla
-    return is_adaptive(self.model) and self.args.world_size == 1 and not is_split
+    return is_adaptive(self.model) and not is_split
 
 @patch
 def _get_output_dir(self:AdaptiveTrainerMixin, trial):
@@ -130,20 +134,28 @@ def _rotate(trainer, run):
 
 # %% ../nbs/10_trainer.ipynb #c0060
 @patch
+def _write_checkpoint(self:AdaptiveTrainerMixin, model, trial, final):
+    "Let the Trainer write beside `final`, seal that, and give it its name."
+    with staged(final) as tmp:
+        with _staging(self, tmp): super(AdaptiveTrainerMixin, self)._save_checkpoint(model, trial)
+        inner = tmp/final.name
+        for f in inner.iterdir(): os.rename(f, tmp/f.name)
+        inner.rmdir()
+        self._note_best(final.parent, final, tmp)
+        seal(tmp, step=self.state.global_step, epoch=self.state.epoch)
+    if self.args.push_to_hub: self._push_from_checkpoint(str(final))
+    _rotate(self, str(final.parent))
+
+@patch
 def _save_checkpoint(self:AdaptiveTrainerMixin, model, trial):
     parent = super(AdaptiveTrainerMixin, self)
     if not self._ours(): return parent._save_checkpoint(model, trial)
     run = Path(self._get_output_dir(trial))
     final = run/f'checkpoint-{self.state.global_step}'
-    with staged(final) as tmp:
-        with _staging(self, tmp): parent._save_checkpoint(model, trial)
-        inner = tmp/final.name
-        for f in inner.iterdir(): os.rename(f, tmp/f.name)
-        inner.rmdir()
-        self._note_best(run, final, tmp)
-        seal(tmp, step=self.state.global_step, epoch=self.state.epoch)
-    if self.args.push_to_hub: self._push_from_checkpoint(str(final))
-    _rotate(self, str(run))
+    if self.args.should_save: self._write_checkpoint(model, trial, final)
+    else: parent._save_checkpoint(model, trial)      # writes nothing, and is waited for
+    if n_processes() == 1: return
+    self.state.best_model_checkpoint = of_first(self.state.best_model_checkpoint)
 
 # %% ../nbs/10_trainer.ipynb #c0064
 @patch
@@ -169,25 +181,41 @@ def _stateful(self:AdaptiveTrainerMixin):
 def _scaler(self:AdaptiveTrainerMixin):
     return getattr(self.accelerator, 'scaler', None)
 
+# %% ../nbs/10_trainer.ipynb #248d0513
+def _own_rng():
+    "The generators of this process."
+    state = rng_state()
+    if n_processes() > 1 and state['cuda']: state['cuda'] = [torch.cuda.get_rng_state()]
+    return state
+
+def _summed(trainer):
+    "The loss since the last log; None before transformers 5.2, whose Trainer keeps it to itself."
+    return getattr(trainer, '_tr_loss', None)
+
+def _mean(losses):
+    "Of all processes' losses."
+    return None if losses[0] is None else torch.stack([loss.cpu() for loss in losses]).mean(0)
+
+# %% ../nbs/10_trainer.ipynb #c6b2642d
 @patch
 def _save_optimizer_and_scheduler(self:AdaptiveTrainerMixin, output_dir):
     parent = super(AdaptiveTrainerMixin, self)
     if not self._ours(): return parent._save_optimizer_and_scheduler(output_dir)
+    generators, losses = of_all(_own_rng()), of_all(_summed(self))
+    if not self.args.should_save: return
     parts = {name: c.state_dict() for name, c in self._stateful().items()}
     scaler = self._scaler()
+    more = dict(ranks=generators) if len(generators) > 1 else {}
     write_run(output_dir, self.model, self.optimizer,
+        rng=generators[0],
         epoch=self.state.epoch,
         step=self.state.global_step,
         scheduler=self.lr_scheduler.state_dict(),
         scaler=None if scaler is None else scaler.state_dict(),
         parts=parts,
-        logged=dict(loss=_summed(self), at=self._globalstep_last_logged),
+        logged=dict(loss=_mean(losses), at=self._globalstep_last_logged),
         head_lr_multipliers=None,
-        data=None)
-
-def _summed(trainer):
-    "The loss since the last log; None before transformers 5.2, whose Trainer keeps it to itself."
-    return getattr(trainer, '_tr_loss', None)
+        data=None, **more)
 
 # %% ../nbs/10_trainer.ipynb #c0068
 @patch
@@ -199,6 +227,35 @@ def _save_scaler(self:AdaptiveTrainerMixin, output_dir):
 def _save_rng_state(self:AdaptiveTrainerMixin, output_dir):
     parent = super(AdaptiveTrainerMixin, self)
     if not self._ours(): parent._save_rng_state(output_dir)
+
+# %% ../nbs/10_trainer.ipynb #e35ac204
+def _names_of_budget(model):
+    "The budget's parameters, as DDP knows them."
+    m = base_model(model)
+    at = next(name for name, part in model.named_modules() if part is m)
+    names = ('sentinel_budget.lambda1', 'sentinel_budget.lambda2')
+    return {f'{at}.{name}' if at else name for name in names}
+
+@contextmanager
+def _for_ddp(trainer):
+    "Make a model ready to be wrapped by DDP, for the time of a run."
+    model, accelerator = trainer.model, trainer.accelerator
+    trainer._averaged = None
+    if n_processes() == 1: return (yield)
+    if trainer.model_wrapped is model and model.__dict__.pop('_is_accelerate_prepared', False):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model._ddp_params_and_buffers_to_ignore = _names_of_budget(model)
+    try: yield
+    finally: del model._ddp_params_and_buffers_to_ignore
+
+# %% ../nbs/10_trainer.ipynb #54517887
+@patch
+def training_step(self:AdaptiveTrainerMixin, model, inputs, *args, **kwargs):
+    "As in transformers; DDP learns of parameters that are new."
+    if isinstance(model, DistributedDataParallel):
+        handler = self.accelerator.ddp_handler
+        self._averaged = keep_averaging(model, self._averaged, handler)
+    return super(AdaptiveTrainerMixin, self).training_step(model, inputs, *args, **kwargs)
 
 # %% ../nbs/10_trainer.ipynb #c0072
 def _sealed(path): return path is not None and (Path(path)/MARKER).is_file()
@@ -212,7 +269,7 @@ def train(self:AdaptiveTrainerMixin, resume_from_checkpoint=None, *args, **kwarg
         found = latest_checkpoint(self.args.output_dir)
         if found is not None: resume_from_checkpoint = str(found)
     parent = super(AdaptiveTrainerMixin, self)
-    return parent.train(resume_from_checkpoint, *args, **kwargs)
+    with _for_ddp(self): return parent.train(resume_from_checkpoint, *args, **kwargs)
 
 # %% ../nbs/10_trainer.ipynb #c0074
 @patch
@@ -260,6 +317,15 @@ def _load_optimizer_and_scheduler(self:AdaptiveTrainerMixin, checkpoint):
             c.load_state_dict(state['parts'][name])
     self._resumed = state
 
+# %% ../nbs/10_trainer.ipynb #08f8e08f
+def _load_own_rng(saved):
+    "This process's generators; those of the first, if there were fewer processes."
+    rank = this_process()
+    state = saved[rank] if rank < len(saved) else saved[0]
+    if n_processes() == 1: return load_rng_state(state)
+    load_rng_state(state | dict(cuda=[]))
+    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'][0])
+
 # %% ../nbs/10_trainer.ipynb #c0079
 @patch
 def _load_scaler(self:AdaptiveTrainerMixin, checkpoint):
@@ -276,7 +342,7 @@ def _load_rng_state(self:AdaptiveTrainerMixin, checkpoint):
     if not _sealed(checkpoint): return parent._load_rng_state(checkpoint)
     state = self._resumed or read_state(checkpoint)
     self._resumed = None
-    load_rng_state(state['rng'])
+    with damaged(checkpoint): _load_own_rng(state.get('ranks') or [state['rng']])
     loss = state['logged']['loss']
     if loss is None or _summed(self) is None: return
     self._tr_loss += loss.to(self._tr_loss.device)
