@@ -233,7 +233,7 @@ def _check_run(args, data):
 # %% ../nbs/10c_recovery.ipynb #a298c0f5
 def _vocabulary(m): return m.config.get_text_config().vocab_size
 
-def _check_given(m, teacher, lora):
+def _check_given(m, teacher, lora=None):
     "Raise `ValueError` for a teacher that can't teach this model."
     mine, theirs = _vocabulary(m), _vocabulary(base_model(teacher))
     if mine != theirs: raise ValueError(
