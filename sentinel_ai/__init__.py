@@ -13,6 +13,7 @@ from .pruning import close_heads, prune, undo_repair, unprune
 from .stream import compensate
 from .elastic import elastic
 from .sizes import resize
+from .draft import draft_of
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
 from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow

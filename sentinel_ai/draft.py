@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'renew', 'shared_copy', 'forget_cuts', 'share_equal', 'm
            'check_draftable', 'as_draft', 'draft_of', 'own_bytes', 'stale', 'Acceptance', 'acceptance',
            'expected_tokens', 'expected_speedup', 'own_names', 'open_own']
 
-# %% ../nbs/03f_draft.ipynb #6ac57f89
+# %% ../nbs/03f_draft.ipynb #bc38f0d1
 import copy, inspect, torch, weakref
 from dataclasses import astuple, dataclass
 from torch import nn
@@ -23,7 +23,7 @@ from .sizes import family_of, resize
 from .state import RepairLog, need_state, state_of
 from .surgery import compact
 
-# %% ../nbs/03f_draft.ipynb #1f213a00
+# %% ../nbs/03f_draft.ipynb #a66e1aeb
 def renew(
     m:nn.Module, # A copy of a model
     params, # Parameters of it
@@ -36,7 +36,7 @@ def renew(
         held = module._parameters
         held.update({leaf: new[id(p)] for leaf, p in held.items() if id(p) in new})
 
-# %% ../nbs/03f_draft.ipynb #90e0076c
+# %% ../nbs/03f_draft.ipynb #6a92324d
 def shared_copy(
     model:nn.Module, # Any decoder, adapted or not
 ) -> nn.Module: # Adapted
@@ -52,7 +52,7 @@ def shared_copy(
     renew(twin, [p for p in written if p is not None], clone=True)
     return twin
 
-# %% ../nbs/03f_draft.ipynb #2f522363
+# %% ../nbs/03f_draft.ipynb #18dd3460
 def forget_cuts(
     m:nn.Module, # A pruned model that will never be made whole
 ):
@@ -76,7 +76,7 @@ def share_equal(
         is_like = other is not None and (other.shape, other.dtype) == (p.shape, p.dtype)
         if is_like and torch.equal(p, other): p.data = other.data
 
-# %% ../nbs/03f_draft.ipynb #3fc55615
+# %% ../nbs/03f_draft.ipynb #58f68338
 def marks(
     m:nn.Module, # Any model
 ) -> dict: # By name
@@ -90,7 +90,7 @@ class Origin:
     def __call__(self): return self.ref()
     def __reduce__(self): return type(None), ()
 
-# %% ../nbs/03f_draft.ipynb #3b6fcefa
+# %% ../nbs/03f_draft.ipynb #c4a207b5
 SCHEDULES = ('constant', 'heuristic', 'heuristic_transient')
 
 def set_proposals(
@@ -109,15 +109,17 @@ def set_proposals(
     config.assistant_confidence_threshold = float(confidence)
     return draft
 
-# %% ../nbs/03f_draft.ipynb #587d17ee
+# %% ../nbs/03f_draft.ipynb #082303f6
 def undraftable(
     m:nn.Module, # Any decoder
 ) -> str: # '' where transformers can use a draft
     "Why a model can't take back what a draft proposed."
     name = type(m).__name__
-    if getattr(m, '_is_stateful', False): return f'{name} keeps a recurrent state, which has no way back'
+    is_recurrent = getattr(m, '_is_stateful', False)
+    if is_recurrent: return f'{name} keeps a recurrent state, which has no way back'
     takes = inspect.signature(m.forward).parameters
-    if not {'use_cache', 'cache', 'past_key_values'} & set(takes): return f'{name} has no cache, so that each round would read everything again'
+    has_cache = bool({'use_cache', 'cache', 'past_key_values'} & set(takes))
+    if not has_cache: return f'{name} has no cache, so each round would read everything again'
     is_usual = getattr(m, '_supports_default_dynamic_cache', lambda: True)()
     return '' if is_usual else f'{name} has a cache of its own kind, which cannot be cropped'
 
@@ -128,7 +130,7 @@ def check_draftable(
     why = undraftable(m)
     if why: raise UnsupportedArchitecture(f'{why}; write without a draft')
 
-# %% ../nbs/03f_draft.ipynb #7bf0efd9
+# %% ../nbs/03f_draft.ipynb #69c0045c
 def as_draft(
     twin:nn.Module, # From `shared_copy`, pruned
     model:nn.Module, # What it is a copy of
@@ -146,7 +148,7 @@ def as_draft(
     set_proposals(twin, tokens)
     return twin.requires_grad_(False).eval()
 
-# %% ../nbs/03f_draft.ipynb #e3653ac0
+# %% ../nbs/03f_draft.ipynb #dac8f68d
 def _cut(twin, budget, context, batches, options):
     "Prune a copy, with text or without."
     if batches is None:
@@ -166,7 +168,7 @@ def _check_source(m, batches, options):
                   'elastic(model, batches) first, or batches= for a draft that is pruned')
     family_of(m)
 
-# %% ../nbs/03f_draft.ipynb #5d88f7b8
+# %% ../nbs/03f_draft.ipynb #92b04382
 def draft_of(
     model:nn.Module, # Any decoder; it is left as it is
     params:int|float|None=None, # Budget; up to 1.0 a share. Default half
@@ -190,7 +192,7 @@ def draft_of(
     _cut(twin, budget, context, batches, options)
     return as_draft(twin, m, tokens)
 
-# %% ../nbs/03f_draft.ipynb #c77086e4
+# %% ../nbs/03f_draft.ipynb #c85fe3e0
 def _storages(m):
     "Bytes of each piece of memory that a model's parameters and buffers lie in."
     tensors = [*m.parameters(), *m.buffers()]
@@ -206,7 +208,7 @@ def own_bytes(
     mine = _storages(base_model(draft))
     return sum(n for at, n in mine.items() if at not in theirs)
 
-# %% ../nbs/03f_draft.ipynb #2b757c86
+# %% ../nbs/03f_draft.ipynb #2bd1878e
 def stale(
     draft:nn.Module, # From `draft_of`
 ) -> str: # '' while it fits
@@ -216,12 +218,12 @@ def stale(
     if m is None: return 'the model that it was made from is not known, or gone'
     now, then = marks(m), origin.marks
     changed = [name for name in then if now.get(name) != then[name]]
-    if not changed: return '' if len(now) == len(then) else f'the model has {len(now) - len(then)} more parameters'
+    if not changed: return ''
     is_cut = any(name not in now or now[name][1] != then[name][1] for name in changed)
     how = 'cut, grown or restored' if is_cut else 'written or replaced'
-    return f'{len(changed)} parameters of the model were {how} since, such as {changed[0]}'
+    return f'{len(changed)} of {len(then)} parameters of the model were {how} since, such as {changed[0]}'
 
-# %% ../nbs/03f_draft.ipynb #8a2c8821
+# %% ../nbs/03f_draft.ipynb #c1a1df13
 class _Rounds(StoppingCriteria):
     "Notes the length after each round, and what the draft proposed in it; stops nothing."
     def __init__(self, draft): self.draft, self.calls, self.rounds, self.length = draft, 0, [], 0
@@ -232,7 +234,7 @@ class _Rounds(StoppingCriteria):
         self.calls, self.length = 0, ids.shape[1]
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-# %% ../nbs/03f_draft.ipynb #a975e157
+# %% ../nbs/03f_draft.ipynb #cac5e704
 @dataclass
 class Acceptance:
     "What a draft and its model did for a text, counted in calls. Sums of these add up."
@@ -253,9 +255,9 @@ class Acceptance:
     def tokens_a_call(self) -> float: return self.tokens/max(1, self.rounds)
     def _repr_markdown_(self): return (
         f'{self.tokens} tokens in {self.rounds} calls of the model and {self.proposed} of the draft; '
-        f'accepted {self.accepted} of {self.proposed} proposals ({self.share:.0%}), {self.a_round:.2f} a round')
+        f'{self.accepted} proposals accepted ({self.share:.0%}), {self.a_round:.2f} a round')
 
-# %% ../nbs/03f_draft.ipynb #79eb763c
+# %% ../nbs/03f_draft.ipynb #c464c1dd
 def _counted(rounds):
     "Sum up rounds: pairs of what was proposed and how many tokens came of it."
     pairs = [(proposed, new - 1) for proposed, new in rounds]
@@ -272,7 +274,7 @@ def _as_inputs(prompt, device):
     inputs.setdefault('attention_mask', torch.ones_like(ids))
     return {name: t.to(device) for name, t in inputs.items()}
 
-# %% ../nbs/03f_draft.ipynb #df21beab
+# %% ../nbs/03f_draft.ipynb #7ad952ea
 @torch.no_grad()
 def acceptance(
     model:nn.Module, # What is to write
@@ -294,7 +296,7 @@ def acceptance(
         total = total + _counted(watch.rounds)
     return total
 
-# %% ../nbs/03f_draft.ipynb #5abea9a5
+# %% ../nbs/03f_draft.ipynb #94a0c195
 def expected_tokens(
     alpha:float, # Probability that a proposal is accepted
     tokens:int, # Proposed in each round
@@ -313,7 +315,7 @@ def expected_speedup(
     check_allowed(cost >= 0 and check > 0, f'cost={cost!r}, check={check!r}', 'times above 0')
     return expected_tokens(alpha, tokens)/(cost*tokens + check)
 
-# %% ../nbs/03f_draft.ipynb #5dcf2ea0
+# %% ../nbs/03f_draft.ipynb #5da1cea7
 def own_names(
     draft:nn.Module, # From `draft_of`
     model:nn.Module, # What it was made from
