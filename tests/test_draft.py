@@ -28,7 +28,7 @@ def family_model(name='llama', least=.85):
     return m
 
 
-def written(m, draft=None, new=20, **how):
+def written(m, draft=None, new=14, **how):
     helped = {} if draft is None else dict(assistant_model=draft)
     how = dict(do_sample=False, max_new_tokens=new, use_cache=True, attention_mask=torch.ones_like(IDS)) | how
     return m.generate(IDS, **helped, **how)
@@ -50,13 +50,14 @@ def test_the_same_text_on_the_matrix(name):
     before, alone = held(m), written(m)
     draft = draft_of(m, .94)
     assert same(m, before)
+    rounds, hook = [], m.register_forward_pre_hook(lambda *_: rounds.append(1))
     assert torch.equal(written(m, draft), alone)
+    hook.remove()
+    assert len(rounds) <= alone.shape[1] - IDS.shape[1]
     assert model_size(draft) <= .94*model_size(m) and not any(p.requires_grad for p in draft.parameters())
     shared = set(own_parameters(draft)) - set(own_names(draft, m))
     mine = dict(m.named_parameters())
     assert shared and all(torch.equal(draft.get_parameter(n), mine[n]) for n in shared)
-    found = acceptance(m, draft, [IDS], 20)
-    assert found.tokens == alone.shape[1] - IDS.shape[1] and found.accepted + found.rounds == found.tokens
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -67,8 +68,11 @@ def test_refused_where_transformers_refuses(name):
     with pytest.raises((ValueError, RuntimeError, AttributeError)): written(m, made('llama'))
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'phi3', 'gpt_oss'])
-@pytest.mark.parametrize('state', ['plain', 'adapted', 'masked', 'compact', 'resized'])
+STATES = ['plain', 'adapted', 'masked', 'compact', 'resized']
+FROM = [('llama', state) for state in STATES] + list(zip(['gpt2', 'phi3', 'gpt_oss', 'gpt2', 'bloom'], STATES))
+
+
+@pytest.mark.parametrize('name, state', FROM)
 def test_from_every_state(name, state):
     m = made(name)
     if state == 'adapted': adapt(m)
@@ -86,11 +90,21 @@ def test_from_every_state(name, state):
         with pytest.raises(ValueError, match='give a lower budget'): draft_of(m, .97)
 
 
+def test_calls_are_counted():
+    m = family_model()
+    draft, calls = draft_of(m, .87), []
+    hooks = [who.register_forward_pre_hook(lambda who, *_: calls.append(who is m)) for who in (m, draft)]
+    found = acceptance(m, draft, [IDS, IDS[0, 1:]], 14)
+    for hook in hooks: hook.remove()
+    assert (found.rounds, found.proposed) == (calls.count(True), calls.count(False))
+    assert found.accepted + found.rounds == found.tokens <= 28 and found.refused < found.rounds
+
+
 def test_likeliest_of_one_is_greedy():
     m = family_model()
     draft = draft_of(m, .87)
     assert torch.equal(written(m, draft, do_sample=True, top_k=1), written(m))
-    assert written(m, draft, do_sample=True, temperature=1.5).shape[1] <= IDS.shape[1] + 20
+    assert written(m, draft, do_sample=True, temperature=1.5).shape[1] <= IDS.shape[1] + 14
     for how in ((1, 'constant', 0.), (4, 'heuristic', 0.), (8, 'heuristic_transient', .5)):
         assert torch.equal(written(m, set_proposals(draft, *how)), written(m))
 
