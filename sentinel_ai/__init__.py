@@ -14,6 +14,7 @@ from .stream import compensate
 from .undo import unpruned
 from .elastic import elastic
 from .sizes import resize
+from .draft import draft_of
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
 from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow

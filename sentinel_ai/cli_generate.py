@@ -10,6 +10,7 @@ import sys, time, torch, transformers
 from dataclasses import dataclass
 from .batches import NOT_FINITE
 from .command import DEFAULT_MODEL, MODEL_HELP, Parser, check_place, default_model
+from .draft import draft_of
 from .command import interruptible, load, need, opt, quiet, user_errors
 
 # %% ../nbs/12a_cli_generate.ipynb #c0116
@@ -34,6 +35,9 @@ class GenerateOptions:
     num_beams: int = opt(1,
         'width of the beam search, up to 256; '
         'with more than 1 the text appears at the end', aliases=['--beams'])
+    draft: float|None = opt(None,
+        'let a smaller size of the model propose tokens, this share of its '
+        'parameters, such as 0.5; needs a folder with a family. The same text')
     seed: int|None = opt(None,
         'seed for drawing; default a new one each time')
     device: str|None = opt(None,
@@ -57,6 +61,8 @@ def _check_sampling(o):
     need(o, o.top_k is None or 0 <= o.top_k < 2**31, 'top_k', '0 or more')
     need(o, o.top_p is None or 0 < o.top_p <= 1, 'top_p', 'above 0, up to 1')
     need(o, 1 <= o.num_beams <= 256, 'num_beams', '1 to 256')
+    need(o, o.draft is None or 0 < o.draft < 1, 'draft', 'above 0, below 1')
+    need(o, o.draft is None or o.num_beams == 1, 'draft', 'only with --num_beams 1')
     need(o, o.seed is None or 0 <= o.seed < 2**32, 'seed', '0 up to 4294967295')
     drawn = [name for name in _DRAWING if getattr(o, name) is not None]
     if o.do_sample is False and drawn: raise ValueError(
@@ -108,8 +114,14 @@ class _Known(transformers.LogitsProcessor):
             f'so there is nothing to choose by. {NOT_FINITE}')
         return scores
 
+# %% ../nbs/12a_cli_generate.ipynb #9c5306a6
+def _helped(draft):
+    "Arguments of `generate` for a draft; none without one"
+    if draft is None: return {}
+    return dict(assistant_model=draft, use_cache=True)
+
 # %% ../nbs/12a_cli_generate.ipynb #c0124
-def _generate(model, tok, ids, o):
+def _generate(model, tok, ids, o, draft=None):
     "Generate and print. Gives how many tokens were added"
     names = ('max_new_tokens', 'do_sample', 'num_beams', *_DRAWING)
     how = {name: getattr(o, name) for name in names}
@@ -120,7 +132,7 @@ def _generate(model, tok, ids, o):
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     out = model.generate(ids, attention_mask=torch.ones_like(ids),
                          logits_processor=transformers.LogitsProcessorList([_Known()]),
-                         streamer=streamer, pad_token_id=pad, **how)
+                         streamer=streamer, pad_token_id=pad, **_helped(draft), **how)
     if streamer is None: print(tok.decode(out[0], skip_special_tokens=True))
     return out.shape[1] - ids.shape[1]
 
@@ -140,9 +152,10 @@ def generate_cli(
         o.prompt = _prompt(o, pos.words, parser)
         model, tok = load(o.model, device=o.device, dtype=o.dtype)
         ids = _encode(model, tok, o)
+        draft = None if o.draft is None else draft_of(model, o.draft)
     if o.seed is not None: transformers.set_seed(o.seed)
     start = time.perf_counter()
-    with user_errors(prog): n = _generate(model, tok, ids, o)
+    with user_errors(prog): n = _generate(model, tok, ids, o, draft)
     sec = time.perf_counter() - start
     print(f'{o.model}: {n} tokens in {sec:.2f} s, {n/sec:.0f} a second',
           file=sys.stderr)

@@ -233,17 +233,19 @@ def _check_run(args, data):
 # %% ../nbs/10c_recovery.ipynb #a298c0f5
 def _vocabulary(m): return m.config.get_text_config().vocab_size
 
-def _check_given(m, teacher):
+def _check_given(m, teacher, lora=None):
     "Raise `ValueError` for a teacher that can't teach this model."
     mine, theirs = _vocabulary(m), _vocabulary(base_model(teacher))
     if mine != theirs: raise ValueError(
         f'the teacher has {theirs:,} tokens in its vocabulary, '
         f'the model {mine:,}; give a teacher that speaks of the same tokens')
-    at = {p.data_ptr() for p in m.parameters() if p.numel()}
+    every = [p for p in m.parameters() if p.numel()]
+    learns = [p for p in every if p.requires_grad and lora is None]
+    at = {p.data_ptr() for p in learns or every}
     is_shared = any(p.data_ptr() in at for p in teacher.parameters())
     if is_shared: raise ValueError(
         'the teacher shares weights with the model that is trained; '
-        'leave teacher= out, or give teacher_of(model)')
+        'leave teacher= out, or give teacher_of(model); a draft: open_own(draft, model)')
 
 # %% ../nbs/10c_recovery.ipynb #eeab98e9
 def _check_all(model, data, args, teacher, alpha, temperature, lora):
@@ -253,7 +255,7 @@ def _check_all(model, data, args, teacher, alpha, temperature, lora):
     m = base_model(model)
     if is_adaptive(m): check_edit(model, 'compact')
     if lora is not None: lora_config(m, lora)
-    if teacher is not None: _check_given(m, teacher)
+    if teacher is not None: _check_given(m, teacher, lora)
     elif alpha: check_teacher(model)
     return m
 

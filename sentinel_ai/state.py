@@ -51,6 +51,7 @@ class State:
     agency: object = None         # An attached `Agency`
     family: object = None         # A `Family` of sizes
     link: object = None           # A `Link` to the optimiser whose moments move along
+    origin: object = None         # Of a draft: what it was made from, an `Origin`
 
     def stashed(self, name:str) -> dict:
         "The record of what was cut out of a parameter; made when it is first asked for."
