@@ -194,6 +194,8 @@ class DeciLMConfig(PretrainedConfig):
     model_type = 'nemotron-nas'
 
     def __init__(self, block_configs=None, **kwargs):
+        for name in ('max_position_embeddings', 'rope_theta'):    # scaled positions ask early
+            setattr(self, name, kwargs.get(name))
         super().__init__(**kwargs)
         self.block_configs = [
             SimpleNamespace(**{name: SimpleNamespace(**said) for name, said in block.items()})
