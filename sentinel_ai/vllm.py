@@ -20,7 +20,7 @@ from .layout import (
     kept_channels, kept_heads, layout_cost, layout_slots, out_weight,
     slot_rows, take_rows)
 from .per_layer import (
-    PerLayer, intermediate_size, read_vllm, vllm_logits, vllm_shapes)
+    intermediate_size, read_vllm, vllm_logits, vllm_shapes)
 from .state import built_sites
 
 # %% ../nbs/07d_vllm.ipynb #6ee7dfb7
