@@ -6,7 +6,7 @@
 __all__ = ['Items', 'read_items', 'find_items', 'task_config', 'write_tasks', 'check_lm_eval', 'evaluate', 'Score', 'scores',
            'score_table', 'EvalOptions', 'eval_cli']
 
-# %% ../nbs/12h_cli_eval.ipynb #0654005a
+# %% ../nbs/12h_cli_eval.ipynb #290e9b4f
 import datasets, hashlib, importlib, importlib.util, json, logging, math, shlex, shutil, tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from .command import interruptible, load, need, opt, quiet
 from .command import text_table, user_errors
 from .io import write_text
 
-# %% ../nbs/12h_cli_eval.ipynb #ab847f58
+# %% ../nbs/12h_cli_eval.ipynb #bd671189
 def _is_pair(row):
     return all(isinstance(row.get(name), str) and row[name].strip() for name in ('good', 'bad'))
 
@@ -34,7 +34,7 @@ def _kind_of(row):
     if not isinstance(row, dict): return None
     return 'pairs' if _is_pair(row) else 'choices' if _is_choice(row) else None
 
-# %% ../nbs/12h_cli_eval.ipynb #f4b0aa66
+# %% ../nbs/12h_cli_eval.ipynb #6978b77a
 @dataclass
 class Items:
     "The items of one file."
@@ -57,7 +57,7 @@ def _row(path, i, line):
         f'{path}, line {i}: allowed is an item, {{"good": text, "bad": text}} or '
         f'{{"question": text, "choices": [texts], "answer": index}}')
 
-# %% ../nbs/12h_cli_eval.ipynb #a27db2a5
+# %% ../nbs/12h_cli_eval.ipynb #8baa5307
 def read_items(
     path, # A `.jsonl` file
     limit:int|None=None, # At most so many, at even distances; default all
@@ -76,7 +76,7 @@ def read_items(
     some = [rows[i*len(rows)//n] for i in range(n)]
     return Items(path.stem, *kinds, some, hashlib.sha256(data).hexdigest())
 
-# %% ../nbs/12h_cli_eval.ipynb #74065c40
+# %% ../nbs/12h_cli_eval.ipynb #b69d98fb
 def find_items(
     folder, # Of `.jsonl` files, or one such file
     tasks=(), # Names of files, without the ending; default all
@@ -92,22 +92,29 @@ def find_items(
         if task not in there: raise ValueError(f'task {task!r}: allowed is one of {", ".join(there)}')
     return [read_items(there[task], limit) for task in tasks or there]
 
-# %% ../nbs/12h_cli_eval.ipynb #549d6c00
+# %% ../nbs/12h_cli_eval.ipynb #cb7e8d1b
+_ASKED = dict(
+    pairs=dict(
+        doc_to_text='', doc_to_target=0, doc_to_choice='{{[good, bad]}}'),
+    choices=dict(
+        doc_to_text='Question: {{question}}\nAnswer:',
+        doc_to_target='answer', doc_to_choice='choices'))
+
 def task_config(
     items:Items,
     file, # Where these items are
     cache, # A folder for what `datasets` makes of it
 ) -> dict:
     "What lm-eval has to know of a task."
-    asked = dict(
-        pairs=dict(doc_to_text='', doc_to_target=0, doc_to_choice='{{[good, bad]}}'),
-        choices=dict(doc_to_text='Question: {{question}}\nAnswer:', doc_to_target='answer', doc_to_choice='choices'))
     names = ['acc'] if items.kind == 'pairs' else ['acc', 'acc_norm']
     return dict(
         task=f'sentinel_{items.task}', dataset_path='json', test_split='test', num_fewshot=0,
         dataset_kwargs=dict(data_files=dict(test=str(file)), cache_dir=str(cache)),
-        output_type='multiple_choice', **asked[items.kind],
+        output_type='multiple_choice', **_ASKED[items.kind],
         metric_list=[dict(metric=name, aggregation='mean', higher_is_better=True) for name in names])
+
+# %% ../nbs/12h_cli_eval.ipynb #1fe66dba
+_FIELDS = ('good', 'bad', 'question', 'choices', 'answer')
 
 def write_tasks(
     found:list, # `Items`
@@ -118,23 +125,24 @@ def write_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     for items in found:
         file = folder/f'{items.task}.jsonl'
-        rows = [{name: row[name] for name in ('good', 'bad', 'question', 'choices', 'answer') if name in row} for row in items.rows]
+        rows = [{name: row[name] for name in _FIELDS if name in row} for row in items.rows]
         write_text(file, '\n'.join(map(json.dumps, rows)) + '\n')
         said = json.dumps(task_config(items, file, folder/'cache'), indent=1)
         write_text(folder/f'{items.task}.yaml', said + '\n')
 
-# %% ../nbs/12h_cli_eval.ipynb #bc7f676d
+# %% ../nbs/12h_cli_eval.ipynb #b181a498
 def check_lm_eval():
     "Raise `ImportError`, with the way out, where lm-eval is missing."
     if importlib.util.find_spec('lm_eval') is None: raise ImportError(
         "lm-eval is not installed, and it asks the questions: pip install 'sentinel-ai[eval]'")
 
-# %% ../nbs/12h_cli_eval.ipynb #0b488db5
+# %% ../nbs/12h_cli_eval.ipynb #b91c5141
 def _answers(samples):
     "Metric to a list of 0 or 1 for each item, in their order."
     samples = sorted(samples, key=lambda s: s['doc_id'])
     return {name: [float(s[name]) for s in samples] for name in samples[0]['metrics']}
 
+# %% ../nbs/12h_cli_eval.ipynb #dbb440b5
 def evaluate(
     model, # A decoder, plain, adapted or pruned
     tokenizer, # Its own
@@ -158,7 +166,7 @@ def evaluate(
         shutil.rmtree(place/'cache', ignore_errors=True)
     return {items.task: _answers(res['samples'][f'sentinel_{items.task}']) for items in found}
 
-# %% ../nbs/12h_cli_eval.ipynb #d508b8f2
+# %% ../nbs/12h_cli_eval.ipynb #3acd5314
 def _error(values):
     "The standard error of a mean."
     return stdev(values)/math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -176,6 +184,7 @@ class Score:
     change: float|None = None  # How much higher this one's is
     change_error: float|None = None
 
+# %% ../nbs/12h_cli_eval.ipynb #2c48a312
 def scores(
     found:list, # `Items`
     answers:dict, # What `evaluate` gave
@@ -192,15 +201,14 @@ def scores(
             res[-1].beside, res[-1].change, res[-1].change_error = mean(other), mean(change), _error(change)
     return res
 
-# %% ../nbs/12h_cli_eval.ipynb #f1966d1e
+# %% ../nbs/12h_cli_eval.ipynb #b4aac5c3
 def score_table(
     found:list, # `Score`s
     names:tuple, # Of the model, and of the one beside it if there is one
 ) -> str: # Lines
     "Scores as text, in percent."
     two = len(names) > 1
-    head = ['task', 'metric', 'n', 'chance', *([names[1]] if two else []), names[0], '±', *(['change', '±'] if two else [])]
-    rows = [head]
+    rows = [['task', 'metric', 'n', 'chance', *names[:0:-1], names[0], '±', *['change', '±']*two]]
     for s in found:
         row = [s.task, s.metric, str(s.n), f'{s.chance:.1%}', f'{s.score:.1%}', f'{s.error:.1%}']
         if two: row[4:4] = [f'{s.beside:.1%}']
@@ -208,7 +216,7 @@ def score_table(
         rows.append(row)
     return text_table(rows)
 
-# %% ../nbs/12h_cli_eval.ipynb #bad7777a
+# %% ../nbs/12h_cli_eval.ipynb #78040bb6
 @dataclass
 class EvalOptions:
     "Options of `sentinel-eval`."
@@ -240,7 +248,7 @@ class EvalOptions:
             need(self, value is None or value.strip(), name, 'a path')
         need(self, self.items and self.items.strip(), 'items', 'a folder of .jsonl files, or one such file')
 
-# %% ../nbs/12h_cli_eval.ipynb #3e737194
+# %% ../nbs/12h_cli_eval.ipynb #f57e7794
 def _asked(name, found, o, folder=None):
     "Load a model, ask it, and forget it."
     model, tokenizer = load(name, device=o.device, dtype=o.dtype)
@@ -261,7 +269,7 @@ def _record(o, name, found, answers, res, argv):
         items={items.task: dict(kind=items.kind, n=len(items.rows), sha256=items.sha256) for items in found},
         versions=versions() | dict(lm_eval=has('lm-eval')))
 
-# %% ../nbs/12h_cli_eval.ipynb #8661a0b2
+# %% ../nbs/12h_cli_eval.ipynb #4d8dad50
 @interruptible
 def eval_cli(
     argv:list|None=None, # Arguments; default those of the process
@@ -276,12 +284,14 @@ def eval_cli(
     quiet()
     names = (pos.model, *([o.beside] if o.beside else []))
     with user_errors(prog):
-        found = find_items(o.items, [t.strip() for t in (o.tasks or '').split(',') if t.strip()], o.limit)
+        tasks = [t.strip() for t in (o.tasks or '').split(',') if t.strip()]
+        found = find_items(o.items, tasks, o.limit)
         check_lm_eval()
         answers = {name: _asked(name, found, o, o.keep) for name in dict.fromkeys(names)}
         res = scores(found, answers[pos.model], answers.get(o.beside))
         given = importlib.import_module('sys').argv[1:] if argv is None else argv
-        if o.json: write_text(o.json, json.dumps(_record(o, pos.model, found, answers, res, given), indent=1) + '\n')
+        record = _record(o, pos.model, found, answers, res, given)
+        if o.json: write_text(o.json, json.dumps(record, indent=1) + '\n')
     short = [_short(name, next((x for x in names if x != name), None)) for name in names]
     print(score_table(res, tuple(short)))
     return 0
