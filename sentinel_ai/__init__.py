@@ -24,6 +24,7 @@ from .controller import ANNController, ElasticBudget, ReinforceController, Thres
 from .saving import SentinelConfig, SentinelForCausalLM
 from .clients import SentinelModel
 from .export import export_gguf, export_hf
+from .vllm import export_vllm, vllm_problems
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer
 
 _LATER = dict(train=('AdaptiveCallback', 'AdaptiveTrainer', 'GateCallback', 'GateRun', 'HeadLR', 'Plasticity', 'adaptive_trainer', 'train_gates'),

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from sentinel_ai import cli_compat, cli_generate, cli_inspect, cli_train, command, texts
-from sentinel_ai.cli import CompatOptions, GenerateOptions, InspectOptions, compat_cli, generate_cli, inspect_cli, train_cli
+from sentinel_ai import cli_compat, cli_eval, cli_generate, cli_inspect, cli_train, command, texts
+from sentinel_ai.cli import (CompatOptions, EvalOptions, GenerateOptions, InspectOptions, compat_cli, eval_cli, generate_cli, inspect_cli,
+                             train_cli)
 from sentinel_ai.cli_train import _train_parser
 from sentinel_ai.command import Parser
 from sentinel_ai.data import load_text
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 LONG = 'SENTINEL_COMMANDS' in os.environ          # all options, all values
 transformers.utils.logging.disable_progress_bar()
 NEVER = ['1e400', 'inf', '-inf', 'nan', '1e20', '99999999999999999999', 'x', '', ' ', '\u2603', '--']
-PARSERS = [(generate_cli, Parser(GenerateOptions, prog='x')), (compat_cli, Parser(CompatOptions, prog='x')), (train_cli, _train_parser('x'))]
+PARSERS = [(generate_cli, Parser(GenerateOptions, prog='x')), (compat_cli, Parser(CompatOptions, prog='x')), (train_cli, _train_parser('x')),
+           (eval_cli, Parser(EvalOptions, prog='x'))]
 NUMBERS = [(main, a.option_strings[0]) for main, parser in PARSERS for a in parser._actions
            if a.type in (int, float) or getattr(a.type, '__name__', '') in ('int', 'float')]
 # what -1 and 0 mean where they mean something
@@ -100,7 +102,7 @@ def test_all_other_options(monkeypatch, capsys, tmp_path):
 
     def stop(*args, **kw): raise Reached
     monkeypatch.chdir(tmp_path)
-    for module in (cli_generate, cli_inspect, cli_compat): monkeypatch.setattr(module, 'load', stop, raising=False)
+    for module in (cli_generate, cli_inspect, cli_compat, cli_eval): monkeypatch.setattr(module, 'load', stop, raising=False)
     monkeypatch.setattr(cli_train, '_prepare', stop)
     for main, option in REST if LONG else REST[::3]:
         for value in ODD if LONG else ODD[::2]:
