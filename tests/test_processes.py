@@ -49,7 +49,6 @@ JOBS = {'learns llama, layers run twice': lambda n: learns(n, 'llama', gradient_
         'learns gpt2, heads and channels': lambda n: learns(n, 'gpt2', ('heads', 'channels')),
         'learns bloom': lambda n: learns(n, 'bloom'),
         'learns mixtral, experts': lambda n: learns(n, 'mixtral', ('heads', 'channels'), optim='sgd'),
-        'cycle llama': lambda n: cycles(n, 'llama'),
         'cycle gpt_neox': lambda n: cycles(n, 'gpt_neox')}
 
 

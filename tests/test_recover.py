@@ -4,9 +4,6 @@
 """
 import copy
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from sentinel_ai.agency import Agency  # noqa: E402
 from sentinel_ai.gates import gate_values  # noqa: E402
 from sentinel_ai.memory import HeadMemory  # noqa: E402
 from sentinel_ai.recovery import RecoveryTrainer, recover, recovery_args  # noqa: E402
+from sentinel_ai.testing import in_processes  # noqa: E402
 from sentinel_ai.teacher import distance, next_tokens, summed_distance, teacher_bytes, teacher_of  # noqa: E402
 
 torch.set_num_threads(1)
@@ -430,36 +428,19 @@ def test_nan_on_the_way(tmp_path):
 
 # ---- several processes
 
-WORKER = '''
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_recover import DATA, arguments, pruned, tensors
-from sentinel_ai.recovery import recover
-torch.set_num_threads(1)
-model, _ = pruned('llama', 'compact')
-args = arguments({folder!r}, per_device_train_batch_size=2, optim='sgd', learning_rate=.1, ddp_backend='gloo')
-assert args.world_size == 2
-res = recover(model, DATA, args, lora={lora})
-if args.process_index == 0: torch.save(dict(weights=tensors(res.model), tokens=res.tokens, ends=[res.unpruned, res.before, res.after]), {out!r})
-'''
+def recovered(folder, lora, **kw):
+    torch.set_num_threads(1)
+    model, _ = pruned('llama', 'compact')
+    res = recover(model, DATA, arguments(folder, optim='sgd', learning_rate=.1, **kw), lora=lora)
+    return dict(weights=tensors(res.model), tokens=res.tokens, ends=[res.unpruned, res.before, res.after])
 
 
-@pytest.mark.parametrize('lora', [None])          # adapters were tried, too; two processes take a while to start
+@pytest.mark.parametrize('lora', [None])          # adapters were tried, too
 def test_two_processes(lora, tmp_path):
     "Two processes with two rows each make the steps that one makes with four."
-    script, out = tmp_path/'worker.py', str(tmp_path/'out.pt')
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path/'run'), out=out, lora=lora))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    jobs = [subprocess.Popen([sys.executable, str(script)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            for r in range(2)]
-    said = [job.communicate(timeout=300)[1].decode()[-3000:] for job in jobs]
-    assert not any(job.returncode for job in jobs), said
-    got = torch.load(out)
-    model, _ = pruned('llama', 'compact')
-    res = recover(model, DATA, arguments(tmp_path/'one', optim='sgd', learning_rate=.1), lora=lora)
-    assert got['tokens'] == res.tokens
-    for mine, theirs in zip((res.unpruned, res.before, res.after), got['ends']): assert abs(mine['loss'] - theirs['loss']) < 1e-3
-    for k, v in tensors(res.model).items(): torch.testing.assert_close(got['weights'][k], v, rtol=1e-3, atol=1e-5)
+    got, other = in_processes(lambda: recovered(tmp_path/'two', lora, per_device_train_batch_size=2))
+    assert all(torch.equal(v, other['weights'][k]) for k, v in got['weights'].items())
+    want = recovered(tmp_path/'one', lora)
+    assert got['tokens'] == want['tokens']
+    for mine, theirs in zip(want['ends'], got['ends']): assert abs(mine['loss'] - theirs['loss']) < 1e-3
+    for k, v in want['weights'].items(): torch.testing.assert_close(got['weights'][k], v, rtol=1e-3, atol=1e-5)
