@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .batches import NOT_FINITE
 from .command import DEFAULT_MODEL, MODEL_HELP, Parser, check_place, default_model
 from .command import interruptible, load, need, opt, quiet, user_errors
+from .router import AdaptiveRouter
 
 # %% ../nbs/12a_cli_generate.ipynb #c0116
 @dataclass
@@ -36,6 +37,9 @@ class GenerateOptions:
         'with more than 1 the text appears at the end', aliases=['--beams'])
     seed: int|None = opt(None,
         'seed for drawing; default a new one each time')
+    plans: str|None = opt(None,
+        'folder of a router with plans of this model: '
+        'the one that suits the prompt is taken')
     device: str|None = opt(None,
         'cpu, cuda, cuda:1, ...')
     dtype: str|None = opt(None,
@@ -108,6 +112,15 @@ class _Known(transformers.LogitsProcessor):
             f'so there is nothing to choose by. {NOT_FINITE}')
         return scores
 
+# %% ../nbs/12a_cli_generate.ipynb #f04f1b96
+def _take_plan(model, ids, o):
+    "Bring the model to the plan that its router chooses, if there is one"
+    if o.plans is None: return
+    router = AdaptiveRouter.load(o.plans, model)
+    choice = router.choose(ids)[0]
+    router.plans.use(choice.name, compact=True)
+    print(choice, file=sys.stderr)
+
 # %% ../nbs/12a_cli_generate.ipynb #c0124
 def _generate(model, tok, ids, o):
     "Generate and print. Gives how many tokens were added"
@@ -140,6 +153,7 @@ def generate_cli(
         o.prompt = _prompt(o, pos.words, parser)
         model, tok = load(o.model, device=o.device, dtype=o.dtype)
         ids = _encode(model, tok, o)
+        _take_plan(model, ids, o)
     if o.seed is not None: transformers.set_seed(o.seed)
     start = time.perf_counter()
     with user_errors(prog): n = _generate(model, tok, ids, o)
