@@ -112,7 +112,7 @@ class _Known(transformers.LogitsProcessor):
             f'so there is nothing to choose by. {NOT_FINITE}')
         return scores
 
-# %% ../nbs/12a_cli_generate.ipynb #f04f1b96
+# %% ../nbs/12a_cli_generate.ipynb #c1f7ed9b
 def _take_plan(model, ids, o):
     "Bring the model to the plan that its router chooses, if there is one"
     if o.plans is None: return

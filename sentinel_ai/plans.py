@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'Change', 'change_of', 'log_copy', 'tensors_in', 'KeptPlan
            'write_param', 'put_gates', 'fingerprint', 'kept_to_dict', 'check_change', 'check_gate_tables',
            'kept_from_dict', 'whole_value', 'bias_names']
 
-# %% ../nbs/05d_plans.ipynb #6eec1dee
+# %% ../nbs/05d_plans.ipynb #6cc78530
 import copy, hashlib, torch
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -30,7 +30,7 @@ from .surgery import changed_layers, compact
 from .trees import STATE, read_state, write_state
 import sentinel_ai.pruning  # noqa: F401
 
-# %% ../nbs/05d_plans.ipynb #f67b5c80
+# %% ../nbs/05d_plans.ipynb #ef983c83
 @dataclass
 class Change:
     "Where a parameter differs from the whole model's, along one dimension, and what it holds there."
@@ -46,7 +46,7 @@ class Change:
         if old is None: return self.values.clone()
         return old.index_copy(self.dim, self.index, self.values)
 
-# %% ../nbs/05d_plans.ipynb #4ea5586c
+# %% ../nbs/05d_plans.ipynb #13ff5aa4
 def change_of(
     old:Tensor|None, # What the whole model has; None for nothing
     new:Tensor, # What the pruned model has, in the shape as built
@@ -60,7 +60,7 @@ def change_of(
     index = masks[dim].nonzero().flatten()
     return Change(dim, index, new.index_select(dim, index))
 
-# %% ../nbs/05d_plans.ipynb #c298c7ff
+# %% ../nbs/05d_plans.ipynb #b6affa14
 def log_copy(
     log:RepairLog, # Of a model or of a plan
     changed:dict, # What it says of parameters
@@ -91,7 +91,7 @@ class KeptPlan:
     @property
     def log_nbytes(self) -> int: return sum(t.nbytes for t in tensors_in([*vars(self.log).values()]))
 
-# %% ../nbs/05d_plans.ipynb #2ca22dca
+# %% ../nbs/05d_plans.ipynb #53aa86d4
 class PlanSet:
     "Plans that share a model's weights."
     def __init__(self, model): # Any decoder; adapted when the first plan is kept
@@ -109,7 +109,7 @@ class PlanSet:
         check_allowed(name is None or name in self.plans, f'plan {name!r}', f'None or one of {[*self.plans]}')
         return None if name is None else self.plans[name]
 
-# %% ../nbs/05d_plans.ipynb #3eda5ed4
+# %% ../nbs/05d_plans.ipynb #16bc70d0
 @patch(as_prop=True)
 def nbytes(self:PlanSet) -> dict: # Name to bytes; 'shared' for what all plans need
     "What each plan takes beside the model."
@@ -122,7 +122,7 @@ def same_shape(self:PlanSet) -> bool:
     first, *others = [kept.plan for kept in self.plans.values()] or [None]
     return not any(changed_layers(first, plan) for plan in others)
 
-# %% ../nbs/05d_plans.ipynb #366827d0
+# %% ../nbs/05d_plans.ipynb #74daf8b6
 def now_in(
     m:nn.Module, # An adapted model
     name:str, # Of a parameter
@@ -147,7 +147,7 @@ def base_with(self:PlanSet, m) -> dict:
                       'plans of one whole model; make another PlanSet')
     return base
 
-# %% ../nbs/05d_plans.ipynb #ac529153
+# %% ../nbs/05d_plans.ipynb #c545cdc9
 def check_keepable(
     model:nn.Module, # A pruned model
 ) -> nn.Module: # The adapted model inside wrappers
@@ -181,7 +181,7 @@ def remember(self:PlanSet,
     self.plans[name], self.base, self.last = kept, base, name
     return kept
 
-# %% ../nbs/05d_plans.ipynb #2caf1f94
+# %% ../nbs/05d_plans.ipynb #d53826e3
 @patch
 def check_untouched(self:PlanSet, m, kept):
     "Raise `RuntimeError` if a projection that has to change was trained since."
@@ -207,7 +207,7 @@ def write_param(
     elif is_there: put_full(m, name, value)
     else: setattr(lin, leaf, nn.Parameter(value.to(lin.weight), lin.weight.requires_grad))
 
-# %% ../nbs/05d_plans.ipynb #816568ee
+# %% ../nbs/05d_plans.ipynb #17478bf4
 @patch
 def write(self:PlanSet, m, kept):
     "Write the projections of a plan, and log them as its repairs."
@@ -233,7 +233,7 @@ def put_gates(
             sentinel.put(gates[site.kind][site.layer, keep])
         look(sentinel, site)
 
-# %% ../nbs/05d_plans.ipynb #9900a426
+# %% ../nbs/05d_plans.ipynb #e3b7255b
 @patch
 def shape(self:PlanSet, m, kept, is_compact, optimizer):
     "Give a model the units and gates of a plan."
@@ -263,10 +263,11 @@ def use(self:PlanSet,
         if kept is not None: tx.hold(kept, kept.plan)
         self.write(m, kept)
         self.shape(m, kept, is_compact, optimizer)
+    torch.clear_autocast_cache()                  # which knows parameters, not what they hold
     self.last = name
     return self.model
 
-# %% ../nbs/05d_plans.ipynb #869d0e0d
+# %% ../nbs/05d_plans.ipynb #82e37a33
 @patch(as_prop=True)
 def current(self:PlanSet) -> str|None: # None for the whole model and for one that was edited otherwise
     "The plan that the model is in."
@@ -295,7 +296,7 @@ def _repr_markdown_(self:PlanSet):
              for name, kept in self.plans.items()]
     return f'{markdown_table(rows)}\n\nShared by all: {self.nbytes["shared"]/1e6:.2f} MB.'
 
-# %% ../nbs/05d_plans.ipynb #b00a4b0c
+# %% ../nbs/05d_plans.ipynb #b7ff4638
 @patch
 def refit(self:PlanSet,
     name:str, # What the new plan shall be called
@@ -318,7 +319,7 @@ def refit(self:PlanSet,
         m.sentinel.plan.info = dict(kept.plan.info, refit=name)
         return self.remember(name)
 
-# %% ../nbs/05d_plans.ipynb #630acc83
+# %% ../nbs/05d_plans.ipynb #a81f62d7
 VERSION = 1
 
 def fingerprint(
@@ -350,7 +351,7 @@ def save(self:PlanSet,
         tmp.mkdir()
         write_state(tmp, state)
 
-# %% ../nbs/05d_plans.ipynb #f379381f
+# %% ../nbs/05d_plans.ipynb #f54375c9
 def check_change(
     name:str, # Of a parameter
     change:Change, # From a file
@@ -382,7 +383,7 @@ def check_gate_tables(
         if not fits or not torch.equal(table != 0, units.keep): raise ValueError(
             f'gates of {kind}, {list(table.shape)}, are not those of the plan')
 
-# %% ../nbs/05d_plans.ipynb #4003c197
+# %% ../nbs/05d_plans.ipynb #e39b77ef
 def kept_from_dict(
     d:dict, # What `kept_to_dict` gave
     m:nn.Module, # The adapted model
@@ -415,7 +416,7 @@ def whole_value(
     changed = m.sentinel.repairs.changed
     return changed[name][0] if name in changed else now_in(m, name)
 
-# %% ../nbs/05d_plans.ipynb #6ec42ef4
+# %% ../nbs/05d_plans.ipynb #0ae0a5e4
 def bias_names(
     m:nn.Module, # An adapted model
 ) -> set:

@@ -161,6 +161,20 @@ def test_other_weights_are_no_base():
     assert [*plans] == ['a', 'b']
 
 
+def test_autocast_does_not_remember_the_plan_before():
+    plans, _ = pruned_twice(cut=(True, True))
+    def half():
+        with torch.autocast('cpu', torch.bfloat16): return logits(plans.model)
+    want = {}
+    for name in 'ab':
+        plans.use(name)
+        want[name] = half()
+    with torch.autocast('cpu', torch.bfloat16):
+        for name in 'abab':
+            plans.model.requires_grad_(True)
+            assert torch.equal(logits(plans.use(name)), want[name])
+
+
 def test_copies_are_their_own():
     plans, want = pruned_twice()
     plans.use('a')
