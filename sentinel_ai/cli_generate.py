@@ -12,6 +12,7 @@ from .batches import NOT_FINITE
 from .command import DEFAULT_MODEL, MODEL_HELP, Parser, check_place, default_model
 from .draft import draft_of
 from .command import interruptible, load, need, opt, quiet, user_errors
+from .router import AdaptiveRouter
 
 # %% ../nbs/12a_cli_generate.ipynb #c0116
 @dataclass
@@ -40,6 +41,9 @@ class GenerateOptions:
         'parameters, such as 0.5; needs a folder with a family. The same text')
     seed: int|None = opt(None,
         'seed for drawing; default a new one each time')
+    plans: str|None = opt(None,
+        'folder of a router with plans of this model: '
+        'the one that suits the prompt is taken')
     device: str|None = opt(None,
         'cpu, cuda, cuda:1, ...')
     dtype: str|None = opt(None,
@@ -120,6 +124,15 @@ def _helped(draft):
     if draft is None: return {}
     return dict(assistant_model=draft, use_cache=True)
 
+# %% ../nbs/12a_cli_generate.ipynb #2d4eb185
+def _take_plan(model, ids, o):
+    "Bring the model to the plan that its router chooses, if there is one"
+    if o.plans is None: return
+    router = AdaptiveRouter.load(o.plans, model)
+    choice = router.choose(ids)[0]
+    router.plans.use(choice.name, compact=True)
+    print(choice, file=sys.stderr)
+
 # %% ../nbs/12a_cli_generate.ipynb #c0124
 def _generate(model, tok, ids, o, draft=None):
     "Generate and print. Gives how many tokens were added"
@@ -152,6 +165,7 @@ def generate_cli(
         o.prompt = _prompt(o, pos.words, parser)
         model, tok = load(o.model, device=o.device, dtype=o.dtype)
         ids = _encode(model, tok, o)
+        _take_plan(model, ids, o)
         draft = None if o.draft is None else draft_of(model, o.draft)
     if o.seed is not None: transformers.set_seed(o.seed)
     start = time.perf_counter()
