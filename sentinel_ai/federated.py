@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sent', 'sums_recorder', 'client_stats', 'combine', 'combined_stats', 'Client', 'Clients']
 
-# %% ../nbs/03g_federated.ipynb #5963ba0b
+# %% ../nbs/03g_federated.ipynb #ba932244
 import json, os, torch
 from dataclasses import dataclass, field
 from fastcore.basics import patch
@@ -24,7 +24,7 @@ from .stats import HeadStats
 from .trials import (
     divergences, log_predictions, trial_rows, trial_text)
 
-# %% ../nbs/03g_federated.ipynb #fa369106
+# %% ../nbs/03g_federated.ipynb #ead89862
 @dataclass
 class Sent:
     "What a client says about its text: sums, and nothing else."
@@ -49,7 +49,7 @@ def _flat(sent):
         flat |= {f'{kind}/{layer}/{name}': x for name, x in sums.items()}
     return flat
 
-# %% ../nbs/03g_federated.ipynb #8b14eb60
+# %% ../nbs/03g_federated.ipynb #49da8d22
 def sums_recorder(
     m:nn.Module, # The base model
     what, # Any of `WHAT`
@@ -73,7 +73,7 @@ def _held(rec, tokens):
     whole = dict(tokens=tokens, loss=rec.loss, n_losses=rec.n_losses, examples=rec.examples)
     return whole if rec.pairs is None else whole | dict(pairs=rec.pairs.cpu())
 
-# %% ../nbs/03g_federated.ipynb #55971906
+# %% ../nbs/03g_federated.ipynb #d243c264
 def client_stats(
     model:nn.Module, # Any decoder, adapted or plain
     batches, # The client's text, as for `measure`
@@ -105,7 +105,7 @@ def _run(rec, m, text, steps):
         batches = enumerate(text.batches)
         return sum(rec.run(m, i, [x if x is None else x.to(m.device) for x in b], steps) for i, b in batches)
 
-# %% ../nbs/03g_federated.ipynb #955a6ec7
+# %% ../nbs/03g_federated.ipynb #0aa5628d
 def _added(a, b):
     "The sum of two sums; curves may differ in length."
     if not isinstance(a, Tensor) or a.shape == b.shape: return a + b
@@ -132,7 +132,7 @@ def _check_sent(sent, first, i):
         check_allowed(_alike(name, x, theirs[name]), f'client {i}: {name} of another shape than that of client 0',
                       'sums of the same model, pruned alike')
 
-# %% ../nbs/03g_federated.ipynb #07686014
+# %% ../nbs/03g_federated.ipynb #f9577c60
 def combine(
     sent, # A `Sent` of each client, of the same step
 ) -> Sent:
@@ -145,7 +145,7 @@ def combine(
     whole = {name: reduce(_added, [s.whole[name] for s in sent]) for name in sent[0].whole}
     return Sent(layers, whole, dict(sent[0].info))
 
-# %% ../nbs/03g_federated.ipynb #93ee72bd
+# %% ../nbs/03g_federated.ipynb #ed5f9ef5
 def _check_fits(sites, sent):
     "Raise `ValueError` for sums of another model."
     keys = {(s.kind, s.layer) for s in sites}
@@ -176,7 +176,7 @@ def combined_stats(
     note_heads(m, stats.grams)
     return stats
 
-# %% ../nbs/03g_federated.ipynb #bb8c654c
+# %% ../nbs/03g_federated.ipynb #4d9d4526
 _FORMAT = '1'
 
 @patch
@@ -212,7 +212,7 @@ def _put(sent, place, x):
         case [('heads' | 'channels') as kind, layer, name]: sent.layers.setdefault((kind, int(layer)), {})[name] = x
         case _: raise ValueError(f'{"/".join(place)!r} is no place in what a client sends')
 
-# %% ../nbs/03g_federated.ipynb #68fd701c
+# %% ../nbs/03g_federated.ipynb #3a851360
 class Client:
     "Somebody with a text, who answers questions about it with sums."
     def __init__(self,
@@ -247,7 +247,7 @@ class Client:
         was = [log_predictions(m, batch) for batch in text]
         return lambda m: divergences(m, text, was)
 
-# %% ../nbs/03g_federated.ipynb #a3a3a82d
+# %% ../nbs/03g_federated.ipynb #60761b4a
 class Clients(TextSource):
     "The texts of many clients, as one source for `prune(model, batches=Clients([...]))`."
     def __init__(self,
@@ -271,7 +271,7 @@ class Clients(TextSource):
     def check_losses(self, m):
         for c in self.clients: c.check_losses(m)
 
-# %% ../nbs/03g_federated.ipynb #f6b40fa6
+# %% ../nbs/03g_federated.ipynb #fb37f1b1
 @patch
 def step(self:Clients, m, what, given=None, **options) -> Sent:
     "One step of all clients, combined."
@@ -288,7 +288,7 @@ def measure(self:Clients, m, what, repair='affine', progress=False, kinds=('head
     second = self.step(m, what, first, **options) if 'joint' in what else None
     return combined_stats(m, first, second)
 
-# %% ../nbs/03g_federated.ipynb #2ceb33bf
+# %% ../nbs/03g_federated.ipynb #de7cd030
 @patch
 def last_quarter(self:Clients) -> slice: return slice(-max(1, len(self.shapes)//4), None)
 
@@ -316,7 +316,7 @@ def first_ids(self:Clients) -> Tensor:
     b, t = self.shapes[0]
     return self.prompt(b*t).view(b, t)
 
-# %% ../nbs/03g_federated.ipynb #8413280a
+# %% ../nbs/03g_federated.ipynb #281e3073
 @patch
 def judge(self:Clients, m): # A function from a model to nats per token
     "How far predictions of all clients will have moved."
