@@ -254,6 +254,7 @@ def _repair_all(m, new, stats, repair, ridge):
 # %% ../nbs/03b_pruning.ipynb #9e6cf666
 def _close(m, heads, batches, stats, repair, ridge, optimizer, step):
     "What `close_heads` does."
+    if m.sentinel.agency is not None: heads = m.sentinel.agency.allow_closing(heads, 'close_heads')
     new, has_memory = _open_heads(m, heads), m.sentinel.memory is not None
     if not new.any(): return HeadPlan.from_gates(m)
     is_repaired = repair != 'none'

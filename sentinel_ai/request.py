@@ -247,6 +247,13 @@ def take_text(self:PruneRequest, m):
                   'compensate=None, and compensate(model, batches) afterwards on a text of your own')
 
 @patch
+def ask_agency(self:PruneRequest, m):
+    "Units that refuse to be pruned are kept, whoever asks."
+    state = state_of(m)
+    if state is None or state.agency is None: return
+    for kind in self.fixed: self.fixed[kind] = self.fixed[kind] | state.agency.refusing(kind)
+
+@patch
 def resolve(self:PruneRequest, m):
     "Check everything and work out the goal; nothing is changed."
     heads = head_map(m)
@@ -258,6 +265,7 @@ def resolve(self:PruneRequest, m):
     if self.is_joint:
         maps['channels'] = channel_map(m)
         self.settle_channels(maps['channels'])
+    self.ask_agency(m)
     found = [site for kind in maps.values() for site in kind]
     if self.repair != 'none': check_free(found)
     none = {k: torch.zeros(f.shape).bool() for k, f in maps.items()}
