@@ -13,12 +13,14 @@ from .pruning import close_heads, prune, undo_repair, unprune
 from .stream import compensate
 from .undo import unpruned
 from .elastic import elastic
+from .federated import Client, Clients
 from .sizes import resize
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
 from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow
 from .growth import grow, init_small, ungrow
 from .agency import Agency, ConsentError, HeadState
+from .protected import protect_text
 from .controller import ANNController, ElasticBudget, ReinforceController, ThresholdController
 from .saving import SentinelConfig, SentinelForCausalLM
 from .clients import SentinelModel

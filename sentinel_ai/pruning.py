@@ -174,7 +174,7 @@ def run(self:PruneRequest, m) -> HeadPlan:
 # %% ../nbs/03b_pruning.ipynb #c0075
 def prune(model:nn.Module, # Any decoder; it is adapted if it isn't
     amount:float|int|None=None, # Share or number of heads; or a budget
-    batches=None, # Text: ids `[n, t]`, dicts, a `DataLoader` or data set
+    batches=None, # Text: ids `[n, t]`, dicts, a `DataLoader` or data set, or `Clients`
     criterion='joint', # Any of `CRITERIA`, 'auto', or a function
     scope:str='global', # 'layer': the same number in every layer
     repair:str='affine', # One of `REPAIRS`; without a bias 'linear'
