@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'unit_places', 'Share', 'share_of', 'average', 'take']
 
-# %% ../nbs/10d_averaging.ipynb #1134d7bc
+# %% ../nbs/10d_averaging.ipynb #8d51656f
 import torch
 from dataclasses import dataclass, field
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .stash import record_of
 from .state import state_of, transaction, will_write
 from .surgery import HeadPlan
 
-# %% ../nbs/10d_averaging.ipynb #c7e8263f
+# %% ../nbs/10d_averaging.ipynb #bb05ad72
 @dataclass
 class Place:
     "Where units lie in a parameter."
@@ -43,7 +43,7 @@ def _of_adapters(m, name, place):
     for adapter in parts:
         yield f'{path}.{part}.{adapter}.weight', Place(dim, place.size, place.present, place.held)
 
-# %% ../nbs/10d_averaging.ipynb #6f8138c8
+# %% ../nbs/10d_averaging.ipynb #1e6c24f6
 def _of_gates(site, there, kept):
     "The places of one layer's units in its gates."
     gates = getattr(site.module, 'sentinel', None)
@@ -68,7 +68,7 @@ def unit_places(
         for name, place in weights.items(): found |= dict(_of_adapters(m, name, place))
     return found
 
-# %% ../nbs/10d_averaging.ipynb #6153effe
+# %% ../nbs/10d_averaging.ipynb #9dee068e
 @dataclass
 class Share:
     "What somebody gives to an average."
@@ -97,7 +97,7 @@ def _full(p, place):
 
 def _is_shared(name, p): return p.requires_grad or '.sentinel.' in name
 
-# %% ../nbs/10d_averaging.ipynb #00b800fa
+# %% ../nbs/10d_averaging.ipynb #84876023
 def share_of(
     model:nn.Module, # A client's model, adapted or not, or any module
     names=_is_shared, # Which parameters: a function of name and parameter; default what is trained, and gates
@@ -112,7 +112,7 @@ def share_of(
         share.tensors[name], share.held[name] = _full(p, places[name])
     return share
 
-# %% ../nbs/10d_averaging.ipynb #c603d056
+# %% ../nbs/10d_averaging.ipynb #ab4da13e
 def _mean_of(name, parts):
     "The mean over those who hold an entry, and who-ever holds it; `parts` are of weight, tensor and mask."
     first = parts[0][1]
@@ -142,7 +142,7 @@ def average(
         if not bool(held.all()): result.held[name] = held
     return result
 
-# %% ../nbs/10d_averaging.ipynb #3bbcc757
+# %% ../nbs/10d_averaging.ipynb #9b294543
 @torch.no_grad()
 def take(
     model:nn.Module, # A client's model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['most_needed', 'protect_text', 'protected_dict', 'protected_from']
 
-# %% ../nbs/05_protected.ipynb #4309f516
+# %% ../nbs/05_protected.ipynb #4461d6ea
 import torch
 from torch import Tensor
 from jaxtyping import Bool
@@ -20,7 +20,7 @@ from .score import CRITERIA, NEEDS, score
 from .states import ConsentError
 from .unit_plan import check_counts, existing
 
-# %% ../nbs/05_protected.ipynb #88ccd900
+# %% ../nbs/05_protected.ipynb #af55cec6
 def _as_built(agency, kind):
     "Where units exist as built. Raises `RuntimeError` without a model that says it."
     check_allowed(kind in ('heads', 'channels'), f'kind={kind!r}', "'heads' or 'channels'")
@@ -43,7 +43,7 @@ def _table_of(agency, units, kind):
         table[l, u] = True
     return table
 
-# %% ../nbs/05_protected.ipynb #7f82bbcd
+# %% ../nbs/05_protected.ipynb #2a685964
 def _events_of(agency, changed, kind, reason, actor):
     "One event for each head, or for each layer of channels."
     state = agency.tables['state']
@@ -66,7 +66,7 @@ def _change(agency, units, yes, reason, kind, actor):
         rest = {k: t for k, t in agency.protected.items() if k != kind}
         agency.protected = rest | {kind: new} if new.any() else rest
 
-# %% ../nbs/05_protected.ipynb #22de7218
+# %% ../nbs/05_protected.ipynb #29775af6
 @patch
 def protect(self:Agency,
     units, # A pair `(layer, unit)`, pairs, or a boolean table; numbered as built
@@ -87,7 +87,7 @@ def release(self:Agency,
     "Let units be pruned again like others."
     _change(self, units, False, reason, kind, actor)
 
-# %% ../nbs/05_protected.ipynb #db427e11
+# %% ../nbs/05_protected.ipynb #66cd9b16
 @patch
 def refusing(self:Agency,
     kind:str='heads', # or 'channels'
@@ -114,7 +114,7 @@ def allow_closing(self:Agency,
         "policy='record' to leave such heads out" % (actor, *refused[0], f' (and {len(refused) - 1} more)' if refused[1:] else ''))
     return [x for x in heads if x not in refused]
 
-# %% ../nbs/05_protected.ipynb #10598e83
+# %% ../nbs/05_protected.ipynb #2b8ce00a
 def most_needed(
     table:Tensor, # Scores `[l, u]`, NaN where there is no unit
     share:float, # Of the units
@@ -133,7 +133,7 @@ def _check_text(agency, share, criterion, kinds):
     check_allowed(criterion in CRITERIA, f'criterion={criterion!r}', f'one of {tuple(CRITERIA)}')
     check_allowed(kinds and not set(kinds) - {'heads', 'channels'}, f'kinds={kinds!r}', "'heads', 'channels' or both")
 
-# %% ../nbs/05_protected.ipynb #fa204779
+# %% ../nbs/05_protected.ipynb #3fba49fe
 def protect_text(
     agency:Agency, # Attached to a model
     batches, # A few blocks of the text to protect, as for `measure`
@@ -156,7 +156,7 @@ def protect_text(
         for kind, table in found.items(): agency.protect(table, f'{reason} ({criterion} score)', kind, 'protect_text')
     return found
 
-# %% ../nbs/05_protected.ipynb #513d6066
+# %% ../nbs/05_protected.ipynb #91c557be
 def protected_dict(agency:Agency) -> dict: # Nothing where no unit is protected
     "What JSON can hold of the units that are protected."
     if not agency.protected: return {}
