@@ -47,12 +47,14 @@ def _of_adapters(m, name, place):
 def _of_gates(site, there, kept):
     "The places of one layer's units in its gates."
     gates = getattr(site.module, 'sentinel', None)
-    for name, p in gates.named_parameters() if gates is not None else ():        # none where a layer is empty
+    named = [] if gates is None else gates.named_parameters()            # None where a layer is empty
+    for name, p in named:
         is_alone = len(p) == len(there)
-        check_allowed(is_alone, f'{len(p)} gates for {len(there)} units in layer {site.layer}', 'a gate of its own for each')
+        what = f'{len(p)} gates for {len(there)} units in layer {site.layer}'
+        check_allowed(is_alone, what, 'a gate of its own for each')
         size = max(site.n, max(there, default=0) + 1)
         path = f'{site.path}.sentinel.{name}' if site.path else f'sentinel.{name}'
-        yield path, Place(0, size, torch.tensor(there, dtype=torch.long), torch.tensor(kept, dtype=torch.long))
+        yield path, Place(0, size, *(torch.tensor(x, dtype=torch.long) for x in (there, kept)))
 
 def unit_places(
     model:nn.Module, # Any model; one without units of ours has no places
@@ -151,8 +153,9 @@ def take(
     "Write an average into what a model holds, or change nothing."
     m, places = base_model(model), unit_places(model)
     named = dict(m.named_parameters())
-    unknown = [name for name in share.tensors if name in places and share.tensors[name].shape[places[name].dim] != places[name].size]
-    check_allowed(not unknown, f'{unknown[:1]} of another size', 'an average of models that were built alike')
+    odd = [name for name, place in places.items()
+           if name in share.tensors and share.tensors[name].shape[place.dim] != place.size]
+    check_allowed(not odd, f'{odd[:1]} of another size', 'an average of models that were built alike')
     if state_of(m) is None: return _write(m, named, places, share)
     with transaction(m): return _write(m, named, places, share)
 

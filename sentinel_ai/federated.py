@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from functools import reduce
 from operator import add
 from torch import nn, Tensor
+from .bridges import batch_on
 from .channels import channel_map
 from .foreign import check_fields, damaged, open_tensors
 from .heads import base_model, head_map
@@ -103,7 +104,7 @@ def _run(rec, m, text, steps):
     "Measure all batches; the number of tokens."
     with measuring(m):
         batches = enumerate(text.batches)
-        return sum(rec.run(m, i, [x if x is None else x.to(m.device) for x in b], steps) for i, b in batches)
+        return sum(rec.run(m, i, batch_on(m, b), steps) for i, b in batches)
 
 # %% ../nbs/03g_federated.ipynb #0aa5628d
 def _added(a, b):
@@ -116,20 +117,22 @@ def _added(a, b):
 
 def _alike(name, a, b):
     "Can two sums be added?"
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor): return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+    are_tensors = isinstance(a, Tensor), isinstance(b, Tensor)
+    if not all(are_tensors): return not any(are_tensors)
     is_curve = name.endswith('curve')
     return a.shape[is_curve:] == b.shape[is_curve:]
 
 def _check_sent(sent, first, i):
     "Raise `ValueError` unless a client answers what the first one answers, in finite numbers."
-    check_allowed(sent.info == first.info, f'client {i} sends {sent.info}', f'the same as client 0, {first.info}')
+    who = f'client {i}'
+    check_allowed(sent.info == first.info, f'{who} sends {sent.info}', f'the same as client 0, {first.info}')
     mine, theirs = _flat(sent), _flat(first)
-    check_allowed(mine.keys() == theirs.keys(), f'client {i} sends {sorted(mine.keys() ^ theirs.keys())[:1]} '
-                  'besides or not at all', 'the same sums from all clients')
+    odd = sorted(mine.keys() ^ theirs.keys())
+    check_allowed(not odd, f'{who} sends {odd[:1]} besides or not at all', 'the same sums from all clients')
     for name, x in mine.items():
         is_sound = bool(torch.as_tensor(x).isfinite().all())
-        check_allowed(is_sound, f'client {i}: {name} with NaN or infinity', 'finite numbers')
-        check_allowed(_alike(name, x, theirs[name]), f'client {i}: {name} of another shape than that of client 0',
+        check_allowed(is_sound, f'{who}: {name} with NaN or infinity', 'finite numbers')
+        check_allowed(_alike(name, x, theirs[name]), f'{who}: {name} of another shape than that of client 0',
                       'sums of the same model, pruned alike')
 
 # %% ../nbs/03g_federated.ipynb #f9577c60
@@ -140,16 +143,17 @@ def combine(
     sent = list(sent)
     check_allowed(sent, 'no client', 'what one client or more sent')
     for i, one in enumerate(sent): _check_sent(one, sent[0], i)
-    layers = {key: {name: reduce(_added, [s.layers[key][name] for s in sent]) for name in sums}
-              for key, sums in sent[0].layers.items()}
-    whole = {name: reduce(_added, [s.whole[name] for s in sent]) for name in sent[0].whole}
+    def added(dicts): return {name: reduce(_added, [d[name] for d in dicts]) for name in dicts[0]}
+    layers = {key: added([s.layers[key] for s in sent]) for key in sent[0].layers}
+    whole = added([s.whole for s in sent])
     return Sent(layers, whole, dict(sent[0].info))
 
 # %% ../nbs/03g_federated.ipynb #ed5f9ef5
 def _check_fits(sites, sent):
     "Raise `ValueError` for sums of another model."
     keys = {(s.kind, s.layer) for s in sites}
-    check_allowed(keys == set(sent.layers), f'sums of {len(sent.layers)} sublayers', f'those of all {len(keys)}')
+    is_whole = keys == set(sent.layers)
+    check_allowed(is_whole, f'sums of {len(sent.layers)} sublayers', f'those of all {len(keys)}')
     for s in sites:
         total = sent.layers[s.kind, s.layer].get('total')
         size = s.n*s.width if total is None else total.numel()
@@ -189,6 +193,7 @@ def save(self:Sent,
     numbers = {name: x for name, x in flat.items() if name not in tensors}
     write_tensors(path, tensors, sent=_FORMAT, numbers=json.dumps(numbers), info=json.dumps(self.info))
 
+# %% ../nbs/03g_federated.ipynb #9316419a
 @patch(cls_method=True)
 def load(cls:Sent,
     path:str|os.PathLike, # A file that `save` wrote
@@ -209,7 +214,8 @@ def _put(sent, place, x):
     "One sum back in its place."
     match place:
         case ['whole', name]: sent.whole[name] = x
-        case [('heads' | 'channels') as kind, layer, name]: sent.layers.setdefault((kind, int(layer)), {})[name] = x
+        case [('heads' | 'channels') as kind, layer, name]:
+            sent.layers.setdefault((kind, int(layer)), {})[name] = x
         case _: raise ValueError(f'{"/".join(place)!r} is no place in what a client sends')
 
 # %% ../nbs/03g_federated.ipynb #3a851360
@@ -233,19 +239,23 @@ class Client:
         "As `client_stats`."
         return client_stats(m, self.text, what, given, **options)
 
-    def loss(self, m, which:slice) -> float:
-        "The mean loss of an example in some batches."
-        return self.text.loss(m, which)
+# %% ../nbs/03g_federated.ipynb #44ed3e93
+@patch
+def loss(self:Client, m, which:slice) -> float:
+    "The mean loss of an example in some batches."
+    return self.text.loss(m, which)
 
-    def bridges(self, m, emptied, close) -> list:
-        "As `measure_bridges`."
-        return self.text.bridges(m, emptied, close)
+@patch
+def bridges(self:Client, m, emptied, close) -> list:
+    "As `measure_bridges`."
+    return self.text.bridges(m, emptied, close)
 
-    def judge(self, m, rows): # A function from a model to nats, and for how many tokens
-        "Hold what a model predicts for some blocks, to say later how far that has moved."
-        text = trial_text(self.text.batches, rows=rows)
-        was = [log_predictions(m, batch) for batch in text]
-        return lambda m: divergences(m, text, was)
+@patch
+def judge(self:Client, m, rows): # A function from a model to nats, and for how many tokens
+    "Hold what a model predicts for some blocks, to say later how far that has moved."
+    text = trial_text(self.text.batches, rows=rows)
+    was = [log_predictions(m, batch) for batch in text]
+    return lambda m: divergences(m, text, was)
 
 # %% ../nbs/03g_federated.ipynb #60761b4a
 class Clients(TextSource):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['most_needed', 'protect_text', 'protected_dict', 'protected_from']
 
-# %% ../nbs/05_protected.ipynb #4461d6ea
+# %% ../nbs/05_protected.ipynb #058f5fe3
 import torch
 from torch import Tensor
 from jaxtyping import Bool
@@ -20,7 +20,7 @@ from .score import CRITERIA, NEEDS, score
 from .states import ConsentError
 from .unit_plan import check_counts, existing
 
-# %% ../nbs/05_protected.ipynb #af55cec6
+# %% ../nbs/05_protected.ipynb #169f46f0
 def _as_built(agency, kind):
     "Where units exist as built. Raises `RuntimeError` without a model that says it."
     check_allowed(kind in ('heads', 'channels'), f'kind={kind!r}', "'heads' or 'channels'")
@@ -33,7 +33,8 @@ def _table_of(agency, units, kind):
     "Pairs, or a table, as a table of existing units."
     exists = _as_built(agency, kind)
     if isinstance(units, Tensor) and units.dtype == torch.bool:
-        check_allowed(units.shape == exists.shape, f'a table of shape {tuple(units.shape)}', f'one of {tuple(exists.shape)}')
+        is_alike = units.shape == exists.shape
+        check_allowed(is_alike, f'a table of shape {tuple(units.shape)}', f'one of {tuple(exists.shape)}')
         return units.cpu() & exists
     table, pairs = torch.zeros_like(exists), list(units)
     if len(pairs) == 2 and not any(hasattr(x, '__len__') for x in pairs): pairs = [pairs]
@@ -43,12 +44,13 @@ def _table_of(agency, units, kind):
         table[l, u] = True
     return table
 
-# %% ../nbs/05_protected.ipynb #2a685964
+# %% ../nbs/05_protected.ipynb #02d6ee6e
 def _events_of(agency, changed, kind, reason, actor):
     "One event for each head, or for each layer of channels."
     state = agency.tables['state']
-    if kind == 'heads': return [event(agency.step, actor, x, int(state[x]), int(state[x]), reason, 'protection')
-                                for x in map(tuple, changed.nonzero().tolist())]
+    if kind == 'heads':
+        heads = [(tuple(x), int(state[tuple(x)])) for x in changed.nonzero().tolist()]
+        return [event(agency.step, actor, x, now, now, reason, 'protection') for x, now in heads]
     return [event(agency.step, actor, (l,), 0, 0, f'{n} channels: {reason}', 'protection')
             for l, n in enumerate(changed.sum(1).tolist()) if n]
 
@@ -57,8 +59,9 @@ def _change(agency, units, yes, reason, kind, actor):
     table, was = _table_of(agency, units, kind), agency.protected.get(kind)
     was = torch.zeros_like(table) if was is None else was
     silent = table & ~agency.consent if kind == 'heads' and yes else None
-    if silent is not None and silent.any(): raise ConsentError(
-        'layer %d head %d is withdrawn, so it is silent; grant(heads, reason) first' % tuple(silent.nonzero()[0].tolist()))
+    if silent is not None and silent.any():
+        l, h = silent.nonzero()[0].tolist()
+        raise ConsentError(f'layer {l} head {h} is withdrawn, so it is silent; grant(heads, reason) first')
     events = _events_of(agency, table & (was != yes), kind, reason, actor)
     new = was | table if yes else was & ~table
     with whole_change(agency):
@@ -66,7 +69,7 @@ def _change(agency, units, yes, reason, kind, actor):
         rest = {k: t for k, t in agency.protected.items() if k != kind}
         agency.protected = rest | {kind: new} if new.any() else rest
 
-# %% ../nbs/05_protected.ipynb #29775af6
+# %% ../nbs/05_protected.ipynb #4d8ab569
 @patch
 def protect(self:Agency,
     units, # A pair `(layer, unit)`, pairs, or a boolean table; numbered as built
@@ -87,7 +90,7 @@ def release(self:Agency,
     "Let units be pruned again like others."
     _change(self, units, False, reason, kind, actor)
 
-# %% ../nbs/05_protected.ipynb #66cd9b16
+# %% ../nbs/05_protected.ipynb #1319e86d
 @patch
 def refusing(self:Agency,
     kind:str='heads', # or 'channels'
@@ -106,15 +109,18 @@ def allow_closing(self:Agency,
     "Which of these heads may be closed. A protected one is a violation, recorded in any case."
     kept, heads = self.protected.get('heads'), [tuple(x) for x in heads]
     if kept is None: return heads
-    refused = [x for x in heads if x in set(map(tuple, kept.nonzero().tolist()))]
+    refused = [x for x in heads if kept[x]]
     state = self.tables['state']
-    self.record([event(self.step, actor, x, int(state[x]), int(state[x]), 'asked to close', 'violation') for x in refused])
-    if refused and self.policy == 'strict': raise ConsentError(
-        '%s asked to close layer %d head %d, which is protected%s; release(heads, reason) first, or use '
-        "policy='record' to leave such heads out" % (actor, *refused[0], f' (and {len(refused) - 1} more)' if refused[1:] else ''))
+    def asked(x, now): return event(self.step, actor, x, now, now, 'asked to close', 'violation')
+    self.record([asked(x, int(state[x])) for x in refused])
+    if refused and self.policy == 'strict':
+        (l, h), n = refused[0], len(refused) - 1
+        more = f' (and {n} more)' if n else ''
+        raise ConsentError(f'{actor} asked to close layer {l} head {h}, which is protected{more}; '
+            "release(heads, reason) first, or use policy='record' to leave such heads out")
     return [x for x in heads if x not in refused]
 
-# %% ../nbs/05_protected.ipynb #2b8ce00a
+# %% ../nbs/05_protected.ipynb #6f45ccc0
 def most_needed(
     table:Tensor, # Scores `[l, u]`, NaN where there is no unit
     share:float, # Of the units
@@ -131,9 +137,10 @@ def _check_text(agency, share, criterion, kinds):
     if agency.model is None: raise RuntimeError('this agency is not attached to a model; attach(model) first')
     check_allowed(0 < share < 1, f'share={share!r}', 'a number between 0 and 1')
     check_allowed(criterion in CRITERIA, f'criterion={criterion!r}', f'one of {tuple(CRITERIA)}')
-    check_allowed(kinds and not set(kinds) - {'heads', 'channels'}, f'kinds={kinds!r}', "'heads', 'channels' or both")
+    is_known = kinds and not set(kinds) - {'heads', 'channels'}
+    check_allowed(is_known, f'kinds={kinds!r}', "('heads',), ('channels',) or both")
 
-# %% ../nbs/05_protected.ipynb #3fba49fe
+# %% ../nbs/05_protected.ipynb #dbc76810
 def protect_text(
     agency:Agency, # Attached to a model
     batches, # A few blocks of the text to protect, as for `measure`
@@ -146,22 +153,24 @@ def protect_text(
     "Let the units that a text needs most refuse to be pruned."
     _check_text(agency, share, criterion, kinds)
     m, found = agency.model, {}
-    stats = measure(m, batches, NEEDS[criterion], batch_size, kinds=('heads', 'channels') if 'channels' in kinds else ('heads',),
-                    progress=False)
+    measured = ('heads', 'channels') if 'channels' in kinds else ('heads',)
+    stats = measure(m, batches, NEEDS[criterion], batch_size, kinds=measured, progress=False)
     for kind in kinds:
         is_open = gate_values(m, effective=True, kind=kind) != 0
         table = torch.where(is_open, score(stats, criterion, kind=kind), float('nan'))
         found[kind] = m.sentinel.plan.of_kind(kind).full(most_needed(table, share).float()) == 1
     with whole_change(agency):
-        for kind, table in found.items(): agency.protect(table, f'{reason} ({criterion} score)', kind, 'protect_text')
+        for kind, table in found.items():
+            agency.protect(table, f'{reason} ({criterion} score)', kind, 'protect_text')
     return found
 
-# %% ../nbs/05_protected.ipynb #91c557be
+# %% ../nbs/05_protected.ipynb #3ccfd010
 def protected_dict(agency:Agency) -> dict: # Nothing where no unit is protected
     "What JSON can hold of the units that are protected."
     if not agency.protected: return {}
-    kinds = {kind: dict(counts=[table.shape[1]]*len(table), units=[row.nonzero().flatten().tolist() for row in table])
-             for kind, table in agency.protected.items()}
+    def told(table): return dict(counts=[table.shape[1]]*len(table),
+                                 units=[row.nonzero().flatten().tolist() for row in table])
+    kinds = {kind: told(table) for kind, table in agency.protected.items()}
     return dict(version=2, protected=kinds)
 
 def protected_from(
@@ -175,11 +184,13 @@ def protected_from(
         check_fields(part, f'protected {kind}', counts=list, units=list)
         check_counts(part['counts'], f'protected {kind}')
         table = torch.zeros_like(existing(part['counts']))
-        check_allowed(len(part['units']) == len(table), f'protected {kind} of {len(part["units"])} layers', f'{len(table)}')
+        n = len(part['units'])
+        check_allowed(n == len(table), f'protected {kind} of {n} layers', f'{len(table)}')
         for l, units in enumerate(part['units']):
             check_whole(units, f'protected {kind} of layer {l}', high=table.shape[1])
             table[l, units] = True
-        is_fit = kind == 'channels' or exists is not None and table.shape == exists.shape and not (table & ~exists).any()
+        is_alike = exists is not None and table.shape == exists.shape
+        is_fit = kind == 'channels' or is_alike and not (table & ~exists).any()
         check_allowed(is_fit, f'protected heads of shape {tuple(table.shape)}', 'those that the agency knows')
         found[kind] = table
     return found
