@@ -98,7 +98,7 @@ def refusing(self:Agency,
     "The units that refuse to be pruned."
     plan = self.model.sentinel.plan.of_kind(kind)
     table, full = self.protected.get(kind), torch.zeros_like(plan.keep)
-    if table is not None: full[:len(table), :table.shape[1]] = table          # what grew since isn't protected
+    if table is not None: full[:len(table), :table.shape[1]] = table   # what grew since is not
     return plan.compact(full.double()) == 1
 
 @patch
