@@ -13,6 +13,7 @@ from .pruning import close_heads, prune, undo_repair, unprune
 from .stream import compensate
 from .undo import unpruned
 from .elastic import elastic
+from .federated import Client, Clients
 from .sizes import resize
 from .draft import draft_of
 from .unet import add_skips, remove_skips, set_skip_gates, skip_gates
@@ -20,6 +21,7 @@ from .memory import HeadMemory, UnitMemory
 from .regrow import Regrowth, observe, regrow
 from .growth import grow, init_small, ungrow
 from .agency import Agency, ConsentError, HeadState
+from .protected import protect_text
 from .controller import ANNController, ElasticBudget, ReinforceController, ThresholdController
 from .saving import SentinelConfig, SentinelForCausalLM
 from .clients import SentinelModel

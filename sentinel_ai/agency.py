@@ -19,6 +19,7 @@ from .states import (
     averaged, forget_signals, judge, listen, measured_tables)
 from .audit import event, read_log
 from .consent import Agency, check_usable, whole_change
+from .protected import protected_dict, protected_from
 
 # %% ../nbs/05_agency.ipynb #5a4b6708
 _all_ = [  # their home is a chapter before, and they are found here too
@@ -37,6 +38,7 @@ def _drop(self:Agency, t, step):
     c, events, off = self.config, [], HeadState.WITHDRAWN
     if c.unused is None: return events
     long = (t['low'] >= c.unused_patience) & t['consent']
+    if 'heads' in self.protected: long = long & ~self.protected['heads']
     for x in map(tuple, long.nonzero().tolist()):
         why = (f"use {t['use'][x]:.3f} of the layer's mean, "
                f"below {c.unused:g} for {int(t['low'][x])} updates")
@@ -82,6 +84,7 @@ def _sum(self:Agency):
     by_state = ', '.join(f'{n} {name}' for name, n in counts.items() if n)
     kinds = [e['kind'] for e in self.events]
     text = f'{sum(counts.values())} heads: {by_state}'
+    for kind, table in self.protected.items(): text += f'; {int(table.sum())} {kind} protected'
     text += f'; policy {self.policy}, step {self.step}, {len(kinds)} events'
     violations = kinds.count('violation')
     return text + (f', {violations} violations' if violations else '')
@@ -94,7 +97,9 @@ def __repr__(self:Agency): return self._sum()
 def _odd(self:Agency):
     "The heads that aren't plainly active."
     if self.exists is None: return []
-    return ((self.states > 0) | (self.exists & ~self.consent)).nonzero().tolist()
+    odd = (self.states > 0) | (self.exists & ~self.consent)
+    if 'heads' in self.protected: odd = odd | self.protected['heads']
+    return odd.nonzero().tolist()
 
 @patch
 def _row(self:Agency, l, h):
@@ -102,6 +107,7 @@ def _row(self:Agency, l, h):
     number = lambda x: '' if x.isnan() else f'{x:.2f}'
     state = HeadState(int(self.states[l, h])).name.lower()
     consent = 'given' if self.consent[l, h] else 'withdrawn'
+    if 'heads' in self.protected and self.protected['heads'][l, h]: consent = 'not to pruning'
     signals = [number(self.signals[name][l, h]) for name in SIGNALS]
     return (str(l), str(h), state, consent, f'{self.factors[l, h]:g}', *signals)
 
@@ -143,7 +149,7 @@ def _bake_site(sentinel):
     gate.copy_(value * sentinel.factor)
 
 # %% ../nbs/05_agency.ipynb #c0100
-_FORMAT = 1   # of what is saved
+_FORMAT = 2   # of what is saved: 2 where units are protected, which older versions wouldn't know
 
 @patch
 def to_dict(self:Agency,
@@ -155,8 +161,9 @@ def to_dict(self:Agency,
     heads = None if self.exists is None else self.exists.sum(1).tolist()
     tables = {name: t.tolist() for name, t in self.tables.items()}
     last = self.events[max(0, len(self.events) - events):]
-    return dict(version=_FORMAT, policy=self.policy, config=config, step=self.step,
-                heads=heads, tables=tables, events=[dict(e) for e in last])
+    res = dict(version=1, policy=self.policy, config=config, step=self.step,
+               heads=heads, tables=tables, events=[dict(e) for e in last])
+    return res | protected_dict(self)
 
 # %% ../nbs/05_agency.ipynb #c0103
 _KINDS = dict(policy=str, config=dict, step=int, heads=(list, type(None)), tables=dict, events=list)
@@ -236,4 +243,5 @@ def from_dict(cls:Agency,
     res.step = d['step']
     res.events = [dict(e) for e in d['events']]
     if d['heads'] is not None: res._fill(d['heads'], d['tables'])
+    res.protected = protected_from(d, res.exists)
     return res

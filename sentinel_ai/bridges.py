@@ -37,6 +37,11 @@ class Bridge:
         self.hh, self.zh = self.hh + h.mT @ h, self.zh + z.mT @ h
         self.h, self.z = self.h + h.sum(0), self.z + z.sum(0)
 
+    def __add__(self, other):
+        "The sums of two texts."
+        sums = [getattr(self, name) + getattr(other, name) for name in ('n', 'hh', 'zh', 'h', 'z')]
+        return Bridge(self.site, self.prev, *sums)
+
 # %% ../nbs/03a_bridges.ipynb #c0057
 def in_order(m) -> list: # Sites
     "Attention and MLPs of a model as it is, in the order of the layers."
@@ -161,20 +166,20 @@ def put_bridge(
     bridge:Bridge, # From `measure_bridges`
     repair:str, # Of the stand-in's kind, one of `REPAIRS`
     lam:float, # Its ridge
-    batches:list, # On which the loss has to fall
+    loss_of, # From a model to the loss that has to fall
 ):
     "Let the stand-in write what was lost; kept only if the loss falls."
     if repair == 'bias': return
     site, prev, lin = bridge.site, bridge.prev, core_linear(bridge.prev.out)
     B, b = solve_bridge(bridge, repair, lam)
-    before = text_loss(m, batches)
+    before = loss_of(m)
     with transaction(m) as trial:
         change_param(m, prev, 'weight', B if in_dim(lin) == 1 else B.mT, add=True)
         if b is not None: change_param(m, prev, 'bias', b, add=True)
         m.sentinel.repairs.bridges[site.kind, site.layer] = dict(
             name=projection_name(m, lin), B=full_width(m, prev, B),
             b=None if b is None else b.float().cpu())
-        if not text_loss(m, batches) < before: trial.rollback()
+        if not loss_of(m) < before: trial.rollback()
 
 # %% ../nbs/03a_bridges.ipynb #c0073
 def take_bridges(

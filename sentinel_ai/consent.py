@@ -36,6 +36,7 @@ class Agency:
         self.writes = 0                  # How often lines were appended to the file
         self.model = self.exists = None
         self.tables = {}                 # `[l, h]`, in the numbering of the model as built
+        self.protected = {}              # Kind to `[l, u]`, as built: units that refuse to be pruned
 
     def __getstate__(self): return self.__dict__ | dict(log=None)    # a copy has no log file
 
@@ -174,10 +175,20 @@ def whole_change(
 
 # %% ../nbs/05_consent.ipynb #626c3d02
 @patch
+def _check_released(self:Agency, heads):
+    "Raise for a head that is protected: withdrawing its consent would silence it."
+    kept = self.protected.get('heads')
+    bad = [] if kept is None else [x for x in heads if kept[x]]
+    if bad: raise ConsentError('layer %d head %d is protected from being pruned, and a withdrawn head '
+                               'is silent; release(heads, reason) first' % bad[0])
+
+@patch
 def _consent(self:Agency, heads, yes, reason, actor):
     t, events = self.copied(), []
     to = HeadState.ACTIVE if yes else HeadState.WITHDRAWN
-    for l, h in self._heads(heads):
+    heads = self._heads(heads)
+    if not yes: self._check_released(heads)
+    for l, h in heads:
         if bool(t['consent'][l, h]) == yes: continue
         before = int(t['state'][l, h])
         events.append(event(self.step, actor, (l, h), before, to, reason, 'consent'))

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .choose import closing_order, reachable_cost
 from .gates import adapt
 from .heads import base_model
-from .measure import enough_ridge, measure
+from .measure import enough_ridge
 from .ranks import check_allowed
 from .repair import moments_for
 from .request import PruneRequest
@@ -127,8 +127,7 @@ def order_in_rounds(self:PruneRequest, m, goals) -> tuple: # `Places`, and the f
     "The order over several rounds. The model is pruned on the way."
     places, moments = no_places(m.sentinel.now, self.multiple, self.kinds), None
     for i, goal in enumerate(goals):
-        stats = measure(m, self.text(), self.needs(), repair=self.repair,
-                        progress=self.progress, kinds=self.kinds)
+        stats = self.measured(m)
         moments = moments or {kind: stats.of_kind(kind).grams for kind in self.kinds}
         is_last = i == len(goals) - 1
         if is_last: goal = goal + self.slack(m)
@@ -197,9 +196,8 @@ def family(self:PruneRequest, m) -> Family:
             places, moments = self.order_in_rounds(m, goals)
             trial.rollback()
     finally: m.sentinel.memory = memory
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
     name = self.criterion if isinstance(self.criterion, str) else 'function'
-    info = dict(criterion=name, rounds=n, tokens=tokens, least=float(self.params))
+    info = dict(criterion=name, rounds=n, tokens=self.source.tokens, least=float(self.params))
     return Family(places, self.factors(m, places, moments), dict(self.how), info)
 
 # %% ../nbs/03c_elastic.ipynb #97a410bd

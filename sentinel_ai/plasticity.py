@@ -210,6 +210,7 @@ def _moves(self:Plasticity, plan, asked):
     opened = _pairs(asked.keep & ~plan.keep)
     agency = self.model.sentinel.agency
     if agency is not None and opened: opened = agency.allow(opened, 'controller')
+    if agency is not None and closed: closed = agency.allow_closing(closed, 'controller')
     return closed, opened
 
 # %% ../nbs/10b_plasticity.ipynb #c0064

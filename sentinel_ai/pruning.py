@@ -14,13 +14,12 @@ from .heads import UnsupportedArchitecture, base_model, check_weights
 from .choose import total_cost
 from .ranks import check_allowed
 from .gates import adapt, check_edit, set_gates
-from .measure import (
-    check_loss, forward_args, measure, measuring, summed_loss)
+from .measure import measure
 from .surgery import (
     HeadPlan, local_head, original_heads)
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias, repair_layer)
-from .bridges import batch_on, text_loss
+from .bridges import text_loss
 from .state import transaction
 from .request import PruneRequest
 from .rounds import shut_units, tell_memory
@@ -53,15 +52,10 @@ def goals(self:PruneRequest, m) -> list: # What is saved after each round
 
 # %% ../nbs/03b_pruning.ipynb #a9e29783
 @patch
-@torch.no_grad()
 def check_losses(self:PruneRequest, m):
     "Raise for a batch without a finite loss, unless measuring does."
     if self.needs() & {'gradient', 'attribution', 'joint'}: return
-    with measuring(m):
-        for i, batch in enumerate(self.batches):
-            ids, mask, labels = batch_on(m, batch)
-            logits = m(ids, **forward_args(m, mask)).logits
-            check_loss(summed_loss(logits, labels)/len(ids), labels, i)
+    self.source.check_losses(m)
 
 # %% ../nbs/03b_pruning.ipynb #b67f15e0
 @patch
@@ -85,8 +79,7 @@ def warn_of_few(self:PruneRequest, m, stats, close):
 def one_round(self:PruneRequest, m, goal):
     "Measure, choose, try, choose again, repair, close."
     if goal <= self.saved(m): return
-    stats = measure(m, self.text(), self.needs(), repair=self.repair,
-                    progress=self.progress, kinds=self.kinds)
+    stats = self.measured(m)
     if self.criterion == 'auto':
         self.criterion = self.pick(m, stats, self.to_save)
     self.slope = 0.
@@ -120,10 +113,9 @@ def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
     if self.is_joint:
         repair, _ = self.how['channels']
         more = dict(channel_repair=repair, multiple=self.multiple)
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
     plan.info |= dict(
         criterion=name, scope=self.scope, repair=self.repair, rounds=rounds,
-        tokens=tokens, unit=self.unit, **more, **self.info)
+        tokens=self.source.tokens, unit=self.unit, **more, **self.source.info, **self.info)
     m.sentinel.plan.info = dict(plan.info)
     return plan
 
@@ -132,10 +124,10 @@ def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
 def makes_up(self:PruneRequest, m) -> bool:
     "Are errors of layers before to be made up for?"
     if self.compensate is not None: return self.compensate
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
+    if not self.source.is_here: return False
     is_deep = len(m.sentinel.built.heads) >= FEWEST_TRIALS
     is_fitted = self.repair in ('linear', 'affine')
-    return self.is_joint and is_fitted and is_deep and tokens >= LEAST_TEXT
+    return self.is_joint and is_fitted and is_deep and self.source.tokens >= LEAST_TEXT
 
 @patch
 def make_up(self:PruneRequest, m):
@@ -182,7 +174,7 @@ def run(self:PruneRequest, m) -> HeadPlan:
 # %% ../nbs/03b_pruning.ipynb #c0075
 def prune(model:nn.Module, # Any decoder; it is adapted if it isn't
     amount:float|int|None=None, # Share or number of heads; or a budget
-    batches=None, # Text: ids `[n, t]`, dicts, a `DataLoader` or data set
+    batches=None, # Text: ids `[n, t]`, dicts, a `DataLoader` or data set, or `Clients`
     criterion='joint', # Any of `CRITERIA`, 'auto', or a function
     scope:str='global', # 'layer': the same number in every layer
     repair:str='affine', # One of `REPAIRS`; without a bias 'linear'
@@ -263,6 +255,7 @@ def _repair_all(m, new, stats, repair, ridge):
 # %% ../nbs/03b_pruning.ipynb #9e6cf666
 def _close(m, heads, batches, stats, repair, ridge, optimizer, step):
     "What `close_heads` does."
+    if m.sentinel.agency is not None: heads = m.sentinel.agency.allow_closing(heads, 'close_heads')
     new, has_memory = _open_heads(m, heads), m.sentinel.memory is not None
     if not new.any(): return HeadPlan.from_gates(m)
     is_repaired = repair != 'none'

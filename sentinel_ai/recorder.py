@@ -311,6 +311,11 @@ def stats(self:Recorder, **info) -> HeadStats:
 
 # %% ../nbs/02_recorder.ipynb #c0053
 @patch
+def first_pass(self:Recorder):
+    "What is looked at first: where gates are to be repaired, gradients wait."
+    if 'joint' in self.what: self.what = {'gram'} | (self.what - {'gradient'})
+
+@patch
 def second_pass(self:Recorder,
     what:set, # What is left to be measured
     repair:str, # That gates leave behind

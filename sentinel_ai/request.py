@@ -15,9 +15,9 @@ from .experts import idle_params
 from .choose import head_items, reachable_cost, units_of
 from .ranks import check_allowed
 from .gates import check_edit
-from .batches import check_tokens
 from .foreign import is_finite, is_whole
-from .measure import CRITERIA, NEEDS, token_batches
+from .measure import CRITERIA, NEEDS, HeadStats
+from .own_text import text_source
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias)
 from .state import built_sites, state_of
@@ -50,6 +50,7 @@ class PruneRequest(Target):
     depth: bool|None = None # Leave out whole sublayers too? None: for a budget of time
     optimizer: object = None # Whose moments a memory takes
     progress: bool = True # Show bars
+    source: object = field(init=False, default=None) # A `TextSource`, who answers about the text
     unit: str = field(init=False, default=None) # Of the goal
     to_save: float = field(init=False, default=0.) # The goal, in `unit`
     fixed: dict = field(init=False, default_factory=dict) # Kind to table
@@ -76,10 +77,10 @@ def needs(self:PruneRequest) -> set:
     return what | ({'gram'} if self.repair != 'none' else set())
 
 @patch
-def text(self:PruneRequest) -> list:
-    "The calibration text as `measure` takes it."
-    names = ('input_ids', 'attention_mask', 'labels')
-    return [dict(zip(names, batch)) for batch in self.batches]
+def measured(self:PruneRequest, m) -> HeadStats:
+    "What the text says about a model as it is now."
+    return self.source.measure(m, self.needs(), repair=self.repair,
+                               progress=self.progress, kinds=self.kinds)
 
 # %% ../nbs/03b_request.ipynb #c0029
 @patch
@@ -246,6 +247,23 @@ def check_reach(self:PruneRequest, heads, units_in):
 
 # %% ../nbs/03b_request.ipynb #c0041
 @patch
+def take_text(self:PruneRequest, m):
+    "Who answers about the text; raise if nobody can."
+    self.source = text_source(self.batches, self.batch_size)
+    self.batches = self.source.batches
+    self.source.check(m)
+    check_allowed(self.source.is_here or not self.compensate,
+                  'compensate=True with a text that is elsewhere',
+                  'compensate=None, and compensate(model, batches) afterwards on a text of your own')
+
+@patch
+def ask_agency(self:PruneRequest, m):
+    "Units that refuse to be pruned are kept, whoever asks."
+    state = state_of(m)
+    if state is None or state.agency is None: return
+    for kind in self.fixed: self.fixed[kind] = self.fixed[kind] | state.agency.refusing(kind)
+
+@patch
 def resolve(self:PruneRequest, m):
     "Check everything and work out the goal; nothing is changed."
     heads = head_map(m)
@@ -257,6 +275,7 @@ def resolve(self:PruneRequest, m):
     if self.is_joint:
         maps['channels'] = channel_map(m)
         self.settle_channels(maps['channels'])
+    self.ask_agency(m)
     found = [site for kind in maps.values() for site in kind]
     if self.repair != 'none': check_free(found)
     none = {k: torch.zeros(f.shape).bool() for k, f in maps.items()}
@@ -264,8 +283,4 @@ def resolve(self:PruneRequest, m):
     self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
-    batches = token_batches(self.batches, self.batch_size, 'cpu')
-    self.batches = list(batches)
-    for i, (ids, _, labels) in enumerate(self.batches): check_tokens(m, ids, labels, i)
-    allowed = 'at least one block of token ids'
-    check_allowed(self.batches, 'batches without a block', allowed)
+    self.take_text(m)

@@ -16,7 +16,7 @@ from sentinel_ai.choose import (
 from .gates import gate_values, set_gates
 from .measure import score
 from .repair import repair_layer
-from .bridges import measure_bridges, put_bridge, text_loss
+from .bridges import put_bridge
 from .request import PruneRequest
 from .state import transaction
 
@@ -171,12 +171,12 @@ def apply(self:PruneRequest, m, stats, close) -> dict: # Raised ridges by layer
     raised = self.repair_sites(m, stats, new, emptied)
     bridges = []
     if emptied and self.repair != 'none':
-        bridges = measure_bridges(m, emptied, close, self.batches)
+        bridges = self.source.bridges(m, emptied, close)
     for kind, table in new.items():
         set_gates(m, torch.where(table, 0., math.nan), kind)
     for bridge in bridges:
         how = self.how[bridge.prev.kind]
-        put_bridge(m, bridge, *how, self.batches[:2])
+        put_bridge(m, bridge, *how, lambda m: self.source.loss(m, slice(2)))
     return raised
 
 def _emptied(m, close, new):
@@ -193,19 +193,18 @@ CANDIDATES = ('joint', 'fisher', 'taylor', 'obs', 'wanda', 'entropy')
 @torch.no_grad()
 def pick(self:PruneRequest, m, stats, goal) -> str:
     "The criterion whose choice of heads gives the lowest held-out loss."
-    held = self.batches[-max(1, len(self.batches)//4):]
-    n_blocks = sum(len(ids) for ids, _, _ in held)
+    held = self.source.last_quarter()
     memory, m.sentinel.memory = m.sentinel.memory, None    # sees no trial
     loss = {}
     for name in CANDIDATES:
         with transaction(m) as trial:
             self.apply(m, stats, self.choose_heads(m, stats, goal, name))
-            loss[name] = float(text_loss(m, held)/n_blocks)
+            loss[name] = self.source.loss(m, held)
             trial.rollback()
     m.sentinel.memory = memory
     best = min(loss, key=loss.get)
     rounded = {k: round(v, 4) for k, v in loss.items()}
     self.info['auto'] = dict(
         picked=best, held_out_loss=rounded,
-        why=f'lowest loss on {n_blocks} held-out blocks')
+        why=f'lowest loss on {self.source.blocks(held)} held-out blocks')
     return best

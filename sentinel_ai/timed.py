@@ -29,10 +29,8 @@ from .surgery import expand
 def timed_ids(self:PruneRequest, m) -> Tensor: # `[b, t]`
     "The prompt that is timed, from the calibration text."
     length = prompt_length(m, self.context)
-    tokens = torch.cat([ids.flatten() for ids, _, _ in self.batches])
     wanted = self.timed_batch*length
-    copies = -(-wanted//len(tokens))
-    return tokens.repeat(copies)[:wanted].view(self.timed_batch, length)
+    return self.source.prompt(wanted).view(self.timed_batch, length)
 
 # %% ../nbs/03b_timed.ipynb #c7859ada
 def whole_copy(
@@ -67,7 +65,7 @@ class Clock:
 def start_clock(self:PruneRequest, m):
     "Set up what is timed for this budget."
     is_share = 0 < self.to_save <= 1
-    ids = self.timed_ids(m) if is_share else self.batches[0][0]
+    ids = self.timed_ids(m) if is_share else self.source.first_ids()
     whole = whole_copy(m) if is_share else light_copy(m)
     share = self.to_save if is_share else self.to_save/latency(whole, ids)
     self.clock = Clock(whole, ids, share, PHASES if is_share else PHASES[:1])
@@ -128,7 +126,7 @@ def settle_heads_ms(self:PruneRequest, m):
     def plan_for(n):
         return choose(heads, start, n, rank, None, 'heads', *keep)
     is_share = 0 < self.to_save <= 1
-    ids = self.timed_ids(m) if is_share else self.batches[0][0]
+    ids = self.timed_ids(m) if is_share else self.source.first_ids()
     ms = self.to_save*latency(whole_copy(m), ids) if is_share else self.to_save
     n = heads_for_ms(m, ms, plan_for, ids)
     self.unit, self.to_save = 'heads', float(n)

@@ -288,10 +288,10 @@ def test_the_mirror_is_asked():
 
 def emptied(name, kind, monkeypatch):
     "A model of which the second attention or MLP is pruned altogether, with another one in its place."
-    from sentinel_ai import bridges
+    from sentinel_ai import own_text
     from sentinel_ai.channels import sites
     losses = iter(range(100, 0, -1))                 # each bridge is kept
-    monkeypatch.setattr(bridges, 'text_loss', lambda m, batches: next(losses))
+    monkeypatch.setattr(own_text, 'text_loss', lambda m, batches: next(losses))
     model = build(name)
     plain, found = logits(model), sites(model)
     site = [s for s in found if s.kind == kind][1]
