@@ -15,7 +15,7 @@ from .experts import idle_params
 from .choose import head_items, reachable_cost, units_of
 from .ranks import check_allowed
 from .gates import check_edit
-from .batches import check_tokens
+from .batches import check_tokens, kinds_of
 from .foreign import is_finite, is_whole
 from .measure import CRITERIA, NEEDS, token_batches
 from .repair import (
@@ -138,7 +138,8 @@ def check_values(self:PruneRequest, heads):
         n = getattr(self, name)
         check_allowed(is_whole(n, 1), f'{name}={n!r}', 'a whole number of 1 or more')
     check_allowed(is_whole(self.seed), f'seed={self.seed!r}', 'a whole number of 0 or more')
-    text = 'calibration text: token ids, a DataLoader or a data set'
+    text = ("calibration text of several kinds, as calibration('mix', tokenizer) gives it; "
+            'or token ids, a DataLoader or a data set')
     check_allowed(self.batches is not None, 'batches=None', text)
 
 # %% ../nbs/03b_request.ipynb #32d14c0b
@@ -254,6 +255,8 @@ def resolve(self:PruneRequest, m):
     self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
+    kinds = kinds_of(self.batches)
+    if kinds: self.info['text'] = kinds
     batches = token_batches(self.batches, self.batch_size, 'cpu')
     self.batches = list(batches)
     for i, (ids, _, labels) in enumerate(self.batches): check_tokens(m, ids, labels, i)
