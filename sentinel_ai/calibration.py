@@ -39,8 +39,9 @@ class Kind:
 
     def held(self, is_held:bool) -> 'Kind':
         "A tenth of the text, in whole documents where these are short enough, or the rest."
-        data = Dataset.from_dict(dict(id=[str(id) for id, _ in self.docs], text=[text for _, text in self.docs]))
-        borders = borders_of(data, [len(text) for _, text in self.docs], .1, 0)
+        ids, texts = [str(id) for id, _ in self.docs], [text for _, text in self.docs]
+        data = Dataset.from_dict(dict(id=ids, text=texts))
+        borders = borders_of(data, [*map(len, texts)], .1, 0)
         docs = [(id, text[at:] if is_held else text[:at]) for (id, text), at in zip(self.docs, borders)]
         return Kind(self.name, [d for d in docs if d[1].strip()], self.weight, self.is_whole)
 
@@ -89,6 +90,7 @@ def _first_tokens(tok):
     token = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     return [token]
 
+# %% ../nbs/08a_calibration.ipynb #e48448e9
 @torch.no_grad()
 def own_text(
     model:nn.Module, # Any decoder
@@ -110,8 +112,9 @@ def own_text(
             for start in range(0, n, batch_size):
                 ids = torch.tensor([first]*min(batch_size, n - start), device=m.device)
                 rows.append(m.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1., temperature=1.,
-                    min_new_tokens=more, max_new_tokens=more, pad_token_id=first[0],
+                    ids, attention_mask=torch.ones_like(ids), do_sample=True,
+                    top_k=0, top_p=1., temperature=1., min_new_tokens=more,
+                    max_new_tokens=more, pad_token_id=first[0],
                     logits_processor=LogitsProcessorList([_Cooling(len(first))])))
     finally: m.train(was)
     return torch.cat(rows).cpu()
@@ -149,6 +152,7 @@ def _kind(name, what, weight, tok, seed):
     docs, is_whole = _dataset_docs(what, tok, name)
     return Kind(Path(str(name)).name, docs, weight, is_whole)
 
+# %% ../nbs/08a_calibration.ipynb #3bc18d60
 def _mixture(texts, tok, model):
     "What is asked for: name, what it is if it has no name, weight."
     if isinstance(texts, (str, Path)):
@@ -162,9 +166,11 @@ def _mixture(texts, tok, model):
         return [(str(k), None, v) if is_weight(v) else (str(k), v, 1.) for k, v in texts.items()]
     if isinstance(texts, (Dataset, IterableDataset)): return [('data set', texts, 1.)]
     texts = list(texts)
-    is_docs = texts and all(isinstance(t, str) and not is_name(t) and t not in ('chat', 'own') for t in texts)
+    is_doc = lambda t: isinstance(t, str) and not is_name(t)
+    is_docs = bool(texts) and all(map(is_doc, texts))
     if is_docs: return [('texts', texts, 1.)]
-    return [(str(t), None, 1.) if isinstance(t, (str, Path)) else (f'text {i}', t, 1.) for i, t in enumerate(texts)]
+    is_name_or_path = lambda t: isinstance(t, (str, Path))
+    return [(str(t), None, 1.) if is_name_or_path(t) else (f'text {i}', t, 1.) for i, t in enumerate(texts)]
 
 # %% ../nbs/08a_calibration.ipynb #3521e46c
 def _passages(kind, n_chars, seed):
@@ -251,7 +257,8 @@ class Calibration(list):
 
     def dataset(self) -> Dataset:
         "Rows with labels, all of one length, as `recover` and a Trainer take them."
-        rows = [ids[mask.bool()].tolist() for b in self for ids, mask in zip(b['input_ids'], b['attention_mask'])]
+        pairs = [pair for b in self for pair in zip(b['input_ids'], b['attention_mask'])]
+        rows = [ids[mask.bool()].tolist() for ids, mask in pairs]
         if len({*map(len, rows)}) > 1: raise ValueError(
             'rows differ in length, and a Trainer wants one; make them with short=0')
         return Dataset.from_dict(dict(input_ids=rows, labels=rows)).with_format('torch')
@@ -262,6 +269,7 @@ class Calibration(list):
         said = f'{len(lengths)} rows of {min(lengths, default=0)} to {max(lengths, default=0)} tokens'
         return '\n'.join(['| kind | tokens |', '|---|---|', *lines, '', said])
 
+# %% ../nbs/08a_calibration.ipynb #7c4eb860
 def _batch(rows):
     "Rows with the names of their kinds as one batch, padded on the right."
     width = max(len(ids) for ids, _ in rows)
@@ -308,11 +316,12 @@ def _own_kind(weight, n, n_short, model, tok, block_size, seed, held):
 def _warn_of_one(names):
     "Say that there is one kind only."
     warnings.warn(
-        f'calibration text of one kind, {names[0]}: a plan made on it can ruin other kinds of text, and measuring on '
-        "the same kind doesn't show it; add kinds, as in calibration({"
+        f'calibration text of one kind, {names[0]}: a plan made on it can ruin other kinds of text, '
+        "and measuring on the same kind doesn't show it; add kinds, as in calibration({"
         f"{names[0]!r}: 2, 'python_docs': 1, 'python_code': 1"
         '}, tokenizer), or say one_kind=True', stacklevel=3)
 
+# %% ../nbs/08a_calibration.ipynb #2e03447a
 def calibration(
     texts, # 'mix', a name, path or data set, a list of these, or a dict of weights
     tokenizer, # The model's
@@ -335,7 +344,9 @@ def calibration(
     counts = zip(_shares(weights, n), _shares(weights, round(n*short)))
     for (name, what, weight), (mine, mine_short) in zip(asked, counts):
         mine_short = min(mine, mine_short)
-        if name == 'own' and what is None: kind = _own_kind(weight, mine, mine_short, model, tokenizer, block_size, seed, held)
+        is_own = name == 'own' and what is None
+        if is_own: kind = _own_kind(
+            weight, mine, mine_short, model, tokenizer, block_size, seed, held)
         else: kind = _kind(name, what, weight, tokenizer, seed).held(held)
         rows = _rows_of(kind, mine, mine_short, tokenizer, block_size, seed)
         whole, pieces = whole + rows[0], pieces + rows[1]

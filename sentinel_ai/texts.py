@@ -148,7 +148,8 @@ def _check_text(file, encoding):
             try: decode(block)
             except UnicodeError as e: raise ValueError(
                 f'{file} is no text in {encoding.upper()}: {e.reason} near byte {at + e.start:,}. '
-                "Name what it is in, as in encoding='latin-1', or convert it, as with `iconv -t UTF-8`") from None
+                "Name what it is in, as in encoding='latin-1', "
+                'or convert it, as with `iconv -t UTF-8`') from None
             at += len(block)
 
 def _unread(path, names, encoding, e):
