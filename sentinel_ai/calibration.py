@@ -10,7 +10,6 @@ import ast, hashlib, math, torch, warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fastcore.basics import patch
 from itertools import cycle
 from pathlib import Path
 from torch import nn, Tensor
@@ -287,10 +286,13 @@ def _cut(rows, n): return [rows[i:i+n] for i in range(0, len(rows), n)]
 
 def _batches(whole, short, block_size, batch_size, seed):
     "Batches of whole rows, and between them batches of short ones."
-    longest = max((len(ids) for ids, _ in short), default=1)
-    many = max(1, batch_size*block_size//longest)
-    groups = [_cut(_shuffled(whole, seed), batch_size), _cut(_shuffled(short, seed), many)]
-    placed = [((i + .5)/len(group), rows) for group in groups for i, rows in enumerate(group)]
+    groups = [_cut(_shuffled(whole, seed), batch_size)]
+    for length in sorted({len(ids) for ids, _ in short}):
+        alike = [row for row in short if len(row[0]) == length]
+        groups.append(_cut(_shuffled(alike, seed), batch_size*block_size//length))
+    placed = []
+    for j, group in enumerate(groups):
+        for i, rows in enumerate(group): placed.append(((i + (j + .5)/len(groups))/len(group), rows))
     return [_batch(rows) for _, rows in sorted(placed, key=lambda pair: pair[0])]
 
 # %% ../nbs/08a_calibration.ipynb #27b27ff1

@@ -197,9 +197,9 @@ def family(self:PruneRequest, m) -> Family:
             places, moments = self.order_in_rounds(m, goals)
             trial.rollback()
     finally: m.sentinel.memory = memory
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
     name = self.criterion if isinstance(self.criterion, str) else 'function'
-    info = dict(criterion=name, rounds=n, tokens=tokens, least=float(self.params))
+    info = dict(criterion=name, rounds=n, tokens=self.n_tokens, least=float(self.params))
+    if 'text' in self.info: info['text'] = self.info['text']
     return Family(places, self.factors(m, places, moments), dict(self.how), info)
 
 # %% ../nbs/03c_elastic.ipynb #97a410bd

@@ -119,10 +119,9 @@ def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
     if self.is_joint:
         repair, _ = self.how['channels']
         more = dict(channel_repair=repair, multiple=self.multiple)
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
     plan.info |= dict(
         criterion=name, scope=self.scope, repair=self.repair, rounds=rounds,
-        tokens=tokens, unit=self.unit, **more, **self.info)
+        tokens=self.n_tokens, unit=self.unit, **more, **self.info)
     m.sentinel.plan.info = dict(plan.info)
     return plan
 
@@ -131,10 +130,9 @@ def noted_plan(self:PruneRequest, m, rounds) -> HeadPlan:
 def makes_up(self:PruneRequest, m) -> bool:
     "Are errors of layers before to be made up for?"
     if self.compensate is not None: return self.compensate
-    tokens = sum(ids.numel() for ids, _, _ in self.batches)
     is_deep = len(m.sentinel.built.heads) >= FEWEST_TRIALS
     is_fitted = self.repair in ('linear', 'affine')
-    return self.is_joint and is_fitted and is_deep and tokens >= LEAST_TEXT
+    return self.is_joint and is_fitted and is_deep and self.n_tokens >= LEAST_TEXT
 
 @patch
 def make_up(self:PruneRequest, m):

@@ -75,6 +75,11 @@ def text(self:PruneRequest) -> list:
     names = ('input_ids', 'attention_mask', 'labels')
     return [dict(zip(names, batch)) for batch in self.batches]
 
+@patch(as_prop=True)
+def n_tokens(self:PruneRequest) -> int:
+    "Tokens of calibration text, without padding."
+    return sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask, _ in self.batches)
+
 # %% ../nbs/03b_request.ipynb #c0029
 @patch
 def settle_kinds(self:PruneRequest, m):

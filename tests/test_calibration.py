@@ -1,10 +1,12 @@
 """Text in many forms and of many kinds: read as the model sees it, weighed by tokens, drawn the same way everywhere."""
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from sentinel_ai import measure, prune, random_model
 from sentinel_ai.batches import token_batches
@@ -85,12 +87,15 @@ def test_what_is_no_tokens_is_refused_by_name(batches, says):
     assert m.state_dict().keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
 
 
-def test_own_beginnings_are_kept():
-    "Each row begins as a text begins, short ones too, and the note says what was drawn."
-    tok = load_tokenizer('tiny-llama')
+def test_every_row_begins_as_a_text_begins():
+    "With the token that the tokenizer puts before every text, short ones too; and the note says what was drawn."
+    tok = copy.deepcopy(load_tokenizer('tiny-llama'))
+    tok.add_special_tokens(dict(bos_token='<s>'))
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', tok.bos_token_id)])
     text = calibration({'python_docs': 3, 'python_code': 1}, tok, 64, n=8)
     lengths = sorted(n for b in text for n in b['attention_mask'].sum(1).tolist())
     assert lengths[0] == 8 and lengths[-1] == 64 and lengths.count(64) == 6
+    assert all((b['input_ids'][:, 0] == tok.bos_token_id).all() and (b['input_ids'] == tok.bos_token_id).sum() == len(b['input_ids']) for b in text)
     kinds = text.kinds
     assert 2 < kinds['python_docs']/kinds['python_code'] < 4
     assert prune(random_model('llama', vocab_size=len(tok)), .25, text, rounds=1, progress=False).info['text'] == kinds
