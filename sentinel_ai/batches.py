@@ -124,7 +124,7 @@ def _no_ids(b, i):
 # %% ../nbs/02_batches.ipynb #779fd96c
 def _cuts(row, i):
     "Where documents begin in a row: a dict of columns, of the tokens that count."
-    new = torch.zeros(len(row['input_ids']), dtype=torch.bool)
+    new = torch.zeros_like(row['input_ids'], dtype=torch.bool)
     new[0] = True
     for name in ('documents', 'seq_idx'):
         if name in row: new[1:] |= row[name].diff() != 0
@@ -166,7 +166,7 @@ def _regrouped(docs, most):
 def _shaped(name, t, ids, i):
     "A column in the shape of the ids."
     if name == 'position_ids' and t.ndim == 2 and len(t) == 1: t = t.expand_as(ids)
-    if t.numel() == ids.numel() and t.ndim <= 2: return t.reshape(ids.shape)
+    if t.numel() == ids.numel() and t.ndim <= 2: return t.reshape(ids.shape).to(ids.device)
     raise ValueError(f'batch {i}: {name} has shape {tuple(t.shape)}; '
                      f'allowed is that of the token ids, {tuple(ids.shape)}')
 
@@ -180,7 +180,7 @@ def _with_documents(b, given, i):
         ids = b['input_ids']
         at = torch.arange(ids.numel())
         numbers = torch.bucketize(at, torch.as_tensor(borders).cpu(), right=True)
-        b = b | dict(documents=numbers.view_as(ids))
+        b = b | dict(documents=numbers.view_as(ids).to(ids.device))
     return b
 
 # %% ../nbs/02_batches.ipynb #783bef99
