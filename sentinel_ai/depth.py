@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from torch import nn
-from .bridges import measure_bridges, put_bridge
+from .bridges import put_bridge
 from .clock import light_copy
 from .gates import gate_values, set_gates
 from .request import PruneRequest
@@ -49,11 +49,11 @@ def leave_out(self:PruneRequest, m, site):
     if site.kind == 'channels' and m.sentinel.memory is not None:
         m.sentinel.memory.remember(m, new['channels'], None, self.optimizer, kind='channels')
     is_fitted = self.repair in ('linear', 'affine')
-    bridges = measure_bridges(m, [site], close, self.batches) if is_fitted else []
+    bridges = self.source.bridges(m, [site], close) if is_fitted else []
     for kind, table in new.items():
         set_gates(m, torch.where(table, 0., torch.nan), kind)
     for bridge in bridges:
-        put_bridge(m, bridge, *self.how[bridge.prev.kind], self.batches[:2])
+        put_bridge(m, bridge, *self.how[bridge.prev.kind], lambda m: self.source.loss(m, slice(2)))
 
 # %% ../nbs/03b_depth.ipynb #9cdeca35
 def without_some(

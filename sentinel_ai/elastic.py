@@ -198,6 +198,7 @@ def family(self:PruneRequest, m) -> Family:
     finally: m.sentinel.memory = memory
     name = self.criterion if isinstance(self.criterion, str) else 'function'
     info = dict(criterion=name, rounds=n, tokens=self.source.tokens, least=float(self.params))
+    if 'text' in self.info: info['text'] = self.info['text']
     return Family(places, self.factors(m, places, moments), dict(self.how), info)
 
 # %% ../nbs/03c_elastic.ipynb #97a410bd

@@ -12,7 +12,7 @@ __all__ = ['WHAT', 'note_heads', 'measure', 'AttentionWatch', 'measuring', 'with
 import torch
 from torch import nn, Tensor
 from .batches import (
-    check_loss, forward_args, summed_loss, token_batches)
+    check_loss, count_batches, forward_args, summed_loss, token_batches)
 from .channels import channel_map
 from .heads import base_model, check_weights, head_map
 from .moments import channel_predictor, predictors
@@ -51,13 +51,6 @@ def _check_options(what, repair, batch_size, steps, kinds):
     if set(kinds) - {'heads', 'channels'} or 'heads' not in kinds: raise ValueError(
         f"kinds={kinds!r}: allowed is ('heads',) or ('heads', 'channels')")
 
-def _n_batches(batches, batch_size):
-    "How many there are, for the bar; None where nobody knows."
-    if isinstance(batches, dict) or not hasattr(batches, '__len__'): return None
-    n = len(batches)
-    is_cut = isinstance(batches, Tensor) or hasattr(batches, 'features')
-    return -(-n//batch_size) if is_cut else n
-
 # %% ../nbs/02_measure.ipynb #c0050
 def _maps(m, what, kinds):
     "Where the units are, with weights that can be read."
@@ -72,9 +65,11 @@ def _maps(m, what, kinds):
 def _reader(batches, what, batch_size, device, progress):
     "A function that reads the batches from the start, with a bar."
     from tqdm.auto import tqdm
-    n = _n_batches(batches, batch_size)
+    n = count_batches(batches, batch_size)
     is_once = not isinstance(batches, (Tensor, dict)) and not hasattr(batches, '__len__')
-    if is_once and 'joint' in what: batches = list(batches)
+    if is_once and 'joint' in what:
+        found = token_batches(batches, batch_size, 'cpu')
+        batches = [dict(zip(('input_ids', 'attention_mask', 'labels'), b)) for b in found]
     def read():
         found = token_batches(batches, batch_size, device)
         hide = None if progress else True

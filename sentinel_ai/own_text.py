@@ -33,8 +33,8 @@ class OwnText(TextSource):
 
     @property
     def tokens(self) -> int:
-        "How many there are, padding included."
-        return sum(ids.numel() for ids, _, _ in self.batches)
+        "How many there are, without padding."
+        return sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask, _ in self.batches)
 
     def dicts(self) -> list:
         "The text as `measure` takes it."

@@ -89,7 +89,9 @@ class Recorder:
         self.valid = None                     # the batch's mask
         self.tells = bool(what & {'joint', 'gradient', 'attribution'})      # will a loss say if all is well?
         self.sound = []                       # what was looked at in this batch, and is it finite?
-        self.loss, self.n_losses = 0., 0      # summed over examples
+        self.loss, self.n_losses = 0., 0      # summed over tokens that are predicted
+        self.per = None                       # tokens in a row that has the weight 1
+        self.n_rows, self.n_ahead = 0, 0      # rows, and tokens in them that are predicted
         self.predict = {}                     # of repaired gates, in the second pass
         self.pairs, self.examples = None, 0   # their Fisher matrix; the examples in it
 
@@ -197,7 +199,10 @@ def joint(self:Recorder, grads):
 @patch
 def _loss(self:Recorder, model, i, ids, args, labels):
     "The batch's loss, checked."
-    loss = summed_loss(model(ids, **args).logits, labels)
+    n = (labels[:, 1:] != -100).sum(1)
+    if self.per is None: self.per = max(1, int(n.max()))
+    self.n_rows, self.n_ahead = self.n_rows + len(n), self.n_ahead + int(n.sum())
+    loss = summed_loss(model(ids, **args).logits, labels, self.per)
     check_loss(loss.detach(), labels, i)
     return loss
 
@@ -227,8 +232,8 @@ def run(self:Recorder,
         if wants_grad: loss = self._loss(model, i, ids, args, labels)
         elif self.what != {'attribution'}: self.expect_sound(model.base_model(ids, **args)[0])
     if wants_grad:
-        self.loss += float(loss.detach())
-        self.n_losses += len(ids)
+        self.loss += float(loss.detach())*self.per
+        self.n_losses += int((labels[:, 1:] != -100).sum())
         self.gradients(loss)
     if 'attribution' in self.what:
         self.along_path(steps, partial(self._loss, model, i, ids, args, labels))
@@ -259,6 +264,14 @@ def _layer_tables(site, sums, examples):
     if 'repaired' in sums: tables['repaired'] = sums['repaired']/examples
     return tables, moments
 
+# %% ../nbs/02_recorder.ipynb #0d27aa6f
+_POWERS = dict(grad=1, taylor=1, attribution=1, fisher=2, repaired=2)     # of the loss's scale
+
+@patch(as_prop=True)
+def scale(self:Recorder) -> float:
+    "What makes the mean weight of a row 1; exactly 1 where all have the same length."
+    return self.per*self.n_rows/self.n_ahead if self.n_ahead else 1.
+
 @patch
 def tables_of(self:Recorder,
     found, # The map of one kind
@@ -271,6 +284,7 @@ def tables_of(self:Recorder,
         tables, moments = _layer_tables(site, self.sums[site], self.examples)
         if moments: res.grams[site.layer] = moments
         for name, row in tables.items():
+            row = row*self.scale**_POWERS.get(name, 0)
             table = res.tables.setdefault(name, torch.full(found.shape, math.nan))
             table[site.layer, :site.n] = row.float().cpu()
     return res
@@ -302,7 +316,7 @@ def stats(self:Recorder, **info) -> HeadStats:
     res = self.tables_of(self.heads, **info)
     if has_entropy: res.curves['entropy'] = _curves(self.heads, self.sums)
     if self.pairs is not None:
-        res.pairs = self.pairs.cpu()/self.examples
+        res.pairs = self.pairs.cpu()/self.examples*self.scale**2
         diagonal = res.pairs.diagonal().view(self.heads.shape).float()
         no_head = self.heads.table().isnan()
         res.tables['repaired'] = torch.where(no_head, math.nan, diagonal)

@@ -8,6 +8,7 @@ __all__ = ['RATES', 'check_loss', 'RecoveryTrainer', 'recovery_rate', 'recovery_
 
 # %% ../nbs/10c_recovery.ipynb #630b9611
 import copy, math, tempfile, torch
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from jaxtyping import Float
@@ -210,6 +211,14 @@ def _ends(loss):
     if loss is None: return None
     return dict(loss=loss, perplexity=perplexity_of(loss))
 
+# %% ../nbs/10c_recovery.ipynb #83f262dc
+def _blocks(data):
+    "Blocks to train and to measure on; those of `calibration` as rows with labels."
+    if not isinstance(data, Mapping): raise TypeError(
+        f'data is a {type(data).__name__}; give blocks `train` and `validation`, from lm_dataset(texts, tokenizer), or '
+        'dict(train=calibration(texts, tokenizer, short=0), validation=calibration(texts, tokenizer, short=0, held=True))')
+    return {k: v.dataset() if hasattr(v, 'kinds') else v for k, v in data.items()}
+
 # %% ../nbs/10c_recovery.ipynb #9a1b9b6c
 def _check_run(args, data):
     "Raise for a run that can't be made as asked."
@@ -315,7 +324,7 @@ def _result(trainer, m, wanted, before, seconds, n_bytes):
 # %% ../nbs/10c_recovery.ipynb #63daa2bb
 def recover(
     model:nn.Module, # A pruned decoder; it is trained in place
-    data, # Blocks `train` and `validation`, from `lm_dataset`
+    data, # Blocks `train` and `validation`, from `lm_dataset` or `calibration`
     args:TrainingArguments|None=None, # Default `recovery_args`
     *, teacher:nn.Module|None=None, # Default the model before pruning
     alpha:float=1., # Share of the teacher in the loss; 0: the text alone
@@ -325,6 +334,7 @@ def recover(
     callbacks=(), # More callbacks for the Trainer
 ) -> RecoverResult:
     "Train a pruned model to say what it said before."
+    data = _blocks(data)
     args = _tracking(args or recovery_args(model, lora=lora))
     how = alpha, temperature, lora
     m = _check_all(model, data, args, teacher, *how).to(args.device)

@@ -17,6 +17,7 @@ from .ranks import check_allowed
 from .gates import check_edit
 from .foreign import is_finite, is_whole
 from .measure import CRITERIA, NEEDS, HeadStats
+from .batches import kinds_of
 from .own_text import text_source
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias)
@@ -149,7 +150,8 @@ def check_values(self:PruneRequest, heads):
         n = getattr(self, name)
         check_allowed(is_whole(n, 1), f'{name}={n!r}', 'a whole number of 1 or more')
     check_allowed(is_whole(self.seed), f'seed={self.seed!r}', 'a whole number of 0 or more')
-    text = 'calibration text: token ids, a DataLoader or a data set'
+    text = ("calibration text of several kinds, as calibration('mix', tokenizer) gives it; "
+            'or token ids, a DataLoader or a data set')
     check_allowed(self.batches is not None, 'batches=None', text)
 
 # %% ../nbs/03b_request.ipynb #32d14c0b
@@ -249,6 +251,8 @@ def check_reach(self:PruneRequest, heads, units_in):
 @patch
 def take_text(self:PruneRequest, m):
     "Who answers about the text; raise if nobody can."
+    kinds = kinds_of(self.batches)
+    if kinds: self.info['text'] = kinds
     self.source = text_source(self.batches, self.batch_size)
     self.batches = self.source.batches
     self.source.check(m)

@@ -6,7 +6,7 @@
 __all__ = ['TEXTS', 'text_column', 'as_documents', 'load_text']
 
 # %% ../nbs/08_texts.ipynb #81c0fde7
-import codecs, difflib, os, re
+import codecs, difflib, os, re, sys, sysconfig
 from pathlib import Path
 from typing import Union
 import datasets
@@ -20,6 +20,7 @@ _SHAKESPEARE = (
     'master/data/tinyshakespeare/input.txt')
 TEXTS = {
     'python_docs': 'the English documentation inside CPython (offline)',
+    'python_code': 'the modules of the standard library (offline)',
     'tiny_shakespeare': dict(
         path='text', sample_by='document', data_files=_SHAKESPEARE),
     'wikitext-2': dict(
@@ -31,13 +32,36 @@ _BUILDERS = {
     '.txt': 'text',
     '.jsonl': 'json',
     '.json': 'json',
-    '.parquet': 'parquet'}
+    '.parquet': 'parquet',
+    '.csv': 'csv',
+    '.tsv': 'tsv'}
 
 # %% ../nbs/08_texts.ipynb #c0016
 def _python_docs():
     "The topics of `pydoc_data`, one document each, named in the column `id`"
     from pydoc_data.topics import topics
     return Dataset.from_dict(dict(id=list(topics), text=list(topics.values())))
+
+_NO_CODE = {'test', 'tests', 'idle_test', 'encodings', 'pydoc_data', '_bundled'}   # tests, tables, no code
+
+def _modules(at, known):
+    "Files of the standard library below a folder, in order."
+    for path in sorted(at.iterdir()):
+        if path.stem not in known or path.name in _NO_CODE: continue
+        if path.suffix == '.py': yield path
+        elif path.is_dir(): yield from (p for p in sorted(path.rglob('*.py')) if not _NO_CODE & {*p.parts})
+
+def _python_code():
+    "The standard library's modules, one document each, named in `id`"
+    at = Path(sysconfig.get_path('stdlib'))
+    files = list(_modules(at, sys.stdlib_module_names)) if at.is_dir() else []
+    if not files: raise FileNotFoundError(
+        f'python_code: {at} holds no .py files; give the path of a folder of texts')
+    ids = [file.relative_to(at).as_posix() for file in files]
+    texts = [file.read_text(encoding='utf-8', errors='replace') for file in files]
+    return Dataset.from_dict(dict(id=ids, text=texts))
+
+_OFFLINE = dict(python_docs=_python_docs, python_code=_python_code)
 
 # %% ../nbs/08_texts.ipynb #958446c7
 def text_column(
@@ -124,7 +148,8 @@ def _check_text(file, encoding):
             try: decode(block)
             except UnicodeError as e: raise ValueError(
                 f'{file} is no text in {encoding.upper()}: {e.reason} near byte {at + e.start:,}. '
-                'Convert it, as with `iconv -t UTF-8`') from None
+                "Name what it is in, as in encoding='latin-1', "
+                'or convert it, as with `iconv -t UTF-8`') from None
             at += len(block)
 
 def _unread(path, names, encoding, e):
@@ -140,21 +165,37 @@ def _load_files(path, kind, encoding, names, split, streaming):
     "What `datasets` makes of files of one kind and one encoding"
     more = dict(encoding=encoding) if encoding else {}
     if kind == 'text': more['sample_by'] = 'document'
+    if kind in ('csv', 'tsv'): more['keep_default_na'] = False      # 'NA' and 'null' are words
+    if kind == 'tsv': more['sep'] = '\t'
+    builder = 'csv' if kind == 'tsv' else kind
     try: return datasets.load_dataset(
-        kind, data_files=names, split=split, streaming=streaming, **more)
+        builder, data_files=names, split=split, streaming=streaming, **more)
     except (datasets.exceptions.DatasetGenerationError, ArrowInvalid, UnicodeError) as e:
         raise _unread(path, names, encoding, e) from e
 
-def _local_text(path, split, streaming, column):
+def _plain_lines(row):
+    text = row['text']
+    return dict(text=text and text.replace('\r\n', '\n').replace('\r', '\n'))
+
+# %% ../nbs/08_texts.ipynb #d06b64ac
+def _parts_of(path, groups, split, streaming, column):
+    "Files of each kind as documents."
+    for (kind, encoding), names in groups.items():
+        found = _load_files(path, kind, encoding, names, split, streaming)
+        found = text_column(found, column, path)
+        if kind == 'text': yield found                      # its lines are read as such
+        else: yield found.map(_plain_lines, features=Features(text=Value('string')))
+
+def _local_text(path, split, streaming, column, encoding=None):
     "The documents of a text file, or of a folder of them"
+    if encoding: codecs.lookup(encoding)
     groups = {}
     for file in _text_files(path):
         kind = _BUILDERS[file.suffix.lower()]
-        encoding = None if kind == 'parquet' else _encoding_of(file)
-        if streaming and encoding: _check_text(file, encoding)
-        groups.setdefault((kind, encoding), []).append(str(file))
-    parts = [text_column(_load_files(path, *key, names, split, streaming), column, path)
-             for key, names in groups.items()]
+        its = None if kind == 'parquet' else encoding or _encoding_of(file)
+        if streaming and its: _check_text(file, its)
+        groups.setdefault((kind, its), []).append(str(file))
+    parts = list(_parts_of(path, groups, split, streaming, column))
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 # %% ../nbs/08_texts.ipynb #c0020
@@ -208,21 +249,22 @@ def load_text(
     split=None, # As in `datasets`: 'train[:10%]'; by default 'train'
     streaming=None, # Row by row, without a download? By default for `openwebtext`
     column=None, # The text's; by default `text`, or the only one of strings
+    encoding=None, # Of local files; by default UTF-8, or as their first bytes say
     **kwargs # To `datasets.load_dataset`, for a data set from the Hub
 )->Union[Dataset, IterableDataset]: # Documents, in the column `text`
     "Documents from a named text, from local files, or from the Hub"
     name = str(name)
     split = split or 'train'
-    if name == 'python_docs':
+    if name in _OFFLINE:
         if split != 'train': raise ValueError(
-            f"python_docs has one split, 'train', not {split!r}; "
+            f"{name} has one split, 'train', not {split!r}; "
             '`lm_dataset` divides it')
-        docs = _python_docs()
+        docs = _OFFLINE[name]()
         return docs.to_iterable_dataset() if streaming else docs
     if name not in TEXTS:
         path = Path(name)
         if path.exists():
-            return _local_text(path, split, bool(streaming), column)
+            return _local_text(path, split, bool(streaming), column, encoding)
         _check_hub_name(name)
     args = TEXTS.get(name) or dict(path=name)
     return _remote_text(name, args | kwargs, split, streaming, column)

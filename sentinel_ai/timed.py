@@ -112,7 +112,7 @@ def settle_ms(self:PruneRequest, m):
     self.start_clock(m)
     self.check_time(m)
     self.measure_rates()
-    if self.depth is not False: self.start_depths(m)
+    if self.depth is not False and self.source.is_here: self.start_depths(m)
     self.to_save = max(0., 1 - self.clock.share)
 
 # %% ../nbs/03b_timed.ipynb #13d782df
