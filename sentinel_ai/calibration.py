@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 from itertools import cycle
 from pathlib import Path
+from textwrap import dedent
 from torch import nn, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from datasets import Dataset, IterableDataset
@@ -54,7 +55,7 @@ def _function_turns(id, source):
     for node in ast.walk(tree):
         says = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
         if not says: continue
-        code = '\n'.join(lines[node.lineno-1:node.end_lineno])
+        code = dedent('\n'.join(lines[node.lineno-1:node.end_lineno]))
         ask = f'Write a Python function `{node.name}`: {says.split(chr(10)*2)[0]}'
         yield f'{id}:{node.name}', ask, f'```python\n{code}\n```'
 
