@@ -69,14 +69,14 @@ def _maps(m, what, kinds):
     return heads, channels
 
 # %% ../nbs/02_measure.ipynb #c0056
-def _reader(batches, what, batch_size, device, progress):
+def _reader(m, batches, what, batch_size, progress):
     "A function that reads the batches from the start, with a bar."
     from tqdm.auto import tqdm
     n = _n_batches(batches, batch_size)
     is_once = not isinstance(batches, (Tensor, dict)) and not hasattr(batches, '__len__')
     if is_once and 'joint' in what: batches = list(batches)
     def read():
-        found = token_batches(batches, batch_size, device)
+        found = token_batches(batches, batch_size, m.device, m)
         hide = None if progress else True
         return tqdm(found, 'measure', n, disable=hide, leave=False)
     return read
@@ -122,7 +122,7 @@ def measure(
     m = base_model(model)
     heads, channels = _maps(m, what, kinds)
     if hasattr(m, '_sync'): m._sync()
-    read = _reader(batches, what, batch_size, m.device, progress)
+    read = _reader(m, batches, what, batch_size, progress)
     rec = Recorder(heads, channels, what, offload)
     try:
         with measuring(m): tokens = _passes(rec, m, read, steps, repair)

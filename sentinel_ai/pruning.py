@@ -59,8 +59,8 @@ def check_losses(self:PruneRequest, m):
     if self.needs() & {'gradient', 'attribution', 'joint'}: return
     with measuring(m):
         for i, batch in enumerate(self.batches):
-            ids, mask, labels = batch_on(m, batch)
-            logits = m(ids, **forward_args(m, mask)).logits
+            ids, mask, labels = batch = batch_on(m, batch)
+            logits = m(ids, **forward_args(m, mask, batch.more)).logits
             check_loss(summed_loss(logits, labels)/len(ids), labels, i)
 
 # %% ../nbs/03b_pruning.ipynb #b67f15e0

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from functools import partial
 from jaxtyping import Bool, Float
 from torch import Tensor
-from .batches import NOT_FINITE, check_tokens, check_loss, forward_args, summed_loss
+from .batches import (
+    NOT_FINITE, check_tokens, check_loss, forward_args, more_of, summed_loss)
 from .heads import UnsupportedArchitecture
 from sentinel_ai.moments import (
     centred, channel_predictor, input_sums, layer_tables, predictors,
@@ -220,7 +221,7 @@ def run(self:Recorder,
     "Measure one batch."
     ids, mask, labels = batch
     check_tokens(model, ids, labels, i)
-    args = forward_args(model, mask)
+    args = forward_args(model, mask, more_of(batch))
     self.begin(ids, mask)
     wants_grad = bool(self.predict) or 'gradient' in self.what
     with self.watch or ExitStack(), torch.set_grad_enabled(wants_grad):

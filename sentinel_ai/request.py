@@ -15,7 +15,7 @@ from .experts import idle_params
 from .choose import head_items, reachable_cost, units_of
 from .ranks import check_allowed
 from .gates import check_edit
-from .batches import check_tokens
+from .batches import check_tokens, more_of
 from .foreign import is_finite, is_whole
 from .measure import CRITERIA, NEEDS, token_batches
 from .repair import (
@@ -73,7 +73,7 @@ def needs(self:PruneRequest) -> set:
 def text(self:PruneRequest) -> list:
     "The calibration text as `measure` takes it."
     names = ('input_ids', 'attention_mask', 'labels')
-    return [dict(zip(names, batch)) for batch in self.batches]
+    return [dict(zip(names, batch)) | more_of(batch) for batch in self.batches]
 
 # %% ../nbs/03b_request.ipynb #c0029
 @patch
@@ -254,7 +254,7 @@ def resolve(self:PruneRequest, m):
     self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
-    batches = token_batches(self.batches, self.batch_size, 'cpu')
+    batches = token_batches(self.batches, self.batch_size, 'cpu', m)
     self.batches = list(batches)
     for i, (ids, _, labels) in enumerate(self.batches): check_tokens(m, ids, labels, i)
     allowed = 'at least one block of token ids'

@@ -11,6 +11,7 @@ import copy, math, torch
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from .batches import more_of
 from .bridges import batch_on
 from .measure import forward_args, measuring
 from .request import PruneRequest
@@ -24,10 +25,13 @@ def trial_text(
     batches:list, # Of ids, mask and labels, `[b, t]` each
     tokens:int=TRIAL_TOKENS, # At most this many in all
 ) -> list: # Batches of one block each
-    "Blocks spread over a text."
-    rows = [tuple(x if x is None else x[i:i+1, :tokens] for x in batch)
-            for batch in batches for i in range(len(batch[0]))]
-    n = max(1, tokens//rows[0][0].shape[1])
+    "Blocks spread over a text. A batch with pictures stays whole."
+    rows = []
+    for batch in batches:
+        if more_of(batch): rows.append(batch)
+        else: rows += [tuple(x if x is None else x[i:i+1, :tokens] for x in batch)
+                       for i in range(len(batch[0]))]
+    n = max(1, tokens//rows[0][0].numel())
     return rows[::math.ceil(len(rows)/n)]
 
 # %% ../nbs/03b_trials.ipynb #29295e22
@@ -37,8 +41,8 @@ def log_predictions(
     batch:tuple, # Ids, mask and labels
 ) -> Float[Tensor, 'n v']: # For each token whose label counts
     "The logarithms of what a model predicts."
-    ids, mask, labels = batch_on(m, batch)
-    with measuring(m): logits = m(ids, **forward_args(m, mask)).logits
+    ids, mask, labels = batch = batch_on(m, batch)
+    with measuring(m): logits = m(ids, **forward_args(m, mask, batch.more)).logits
     counts = labels[:, 1:] != -100
     return logits[:, :-1][counts].float().log_softmax(-1)
 
