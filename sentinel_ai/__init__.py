@@ -20,7 +20,7 @@ from .regrow import Regrowth, observe, regrow
 from .growth import grow, init_small, ungrow
 from .agency import Agency, ConsentError, HeadState
 from .controller import ANNController, ElasticBudget, ReinforceController, ThresholdController
-from .saving import SentinelConfig, SentinelForCausalLM
+from .saving import SentinelConfig, SentinelForCausalLM, SentinelForImageTextToText
 from .clients import SentinelModel
 from .export import export_gguf, export_hf
 from .loaders import EMBEDDED, load_adaptive_model, load_baseline_model, load_tokenizer

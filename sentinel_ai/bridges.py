@@ -116,7 +116,7 @@ def measure_bridges(
             m._sync()
             for batch in batches:
                 ids, mask, _ = batch = batch_on(m, batch)
-                m(ids, **forward_args(m, mask, batch.more))
+                m(input_ids=ids, **forward_args(m, mask, batch.more))
                 valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
                 for bridge in bridges: _count_tokens(bridge, seen, valid, close)
     finally:
@@ -149,7 +149,7 @@ def text_loss(m, batches):
     with measuring(m):
         for batch in batches:
             ids, mask, labels = batch = batch_on(m, batch)
-            logits = m(ids, **forward_args(m, mask, batch.more)).logits
+            logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
             total = total + summed_loss(logits, labels)
     return total
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PICTURE', 'FAMILIES', 'random_vlm', 'image_batch']
 
-# %% ../nbs/000_pixels.ipynb #69b79e09
+# %% ../nbs/000_pixels.ipynb #94370375
 import torch
 from torch import nn, Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-# %% ../nbs/000_pixels.ipynb #e4592fb5
+# %% ../nbs/000_pixels.ipynb #bb7a8892
 PICTURE = 90     # the token in place of which a picture is put
 
 _TEXT = dict(
@@ -27,7 +27,7 @@ def _text(**more): return _TEXT | more
 
 def _eye(**more): return _EYE | more
 
-# %% ../nbs/000_pixels.ipynb #893a4c86
+# %% ../nbs/000_pixels.ipynb #33a4dc08
 _IDS = dict(image_token_id=PICTURE, video_token_id=91,
             vision_start_token_id=92, vision_end_token_id=93)
 
@@ -42,7 +42,7 @@ def _qwen(**eye):
     text = _text(rope_parameters=_IN_3D)
     return dict(text_config=text, vision_config=eye, **_IDS)
 
-# %% ../nbs/000_pixels.ipynb #3bcdff2e
+# %% ../nbs/000_pixels.ipynb #fae32d23
 def _joined(text, eye, name='image_token_id', **more):
     "Settings of a model of a text part and an eye."
     return dict(text_config=text, vision_config=eye, **{name: PICTURE}, **more)
@@ -64,7 +64,7 @@ FAMILIES = dict(  # `model_type`: settings
     qwen2_5_vl=_qwen(**_QWEN_EYE, fullatt_block_indexes=[1]),
     qwen3_vl=_qwen(**_QWEN_EYE, num_position_embeddings=16, deepstack_visual_indexes=[0]))
 
-# %% ../nbs/000_pixels.ipynb #2a3f8979
+# %% ../nbs/000_pixels.ipynb #d70198c7
 _OPT = dict(
     model_type='opt', hidden_size=32, ffn_dim=48, num_hidden_layers=2,
     num_attention_heads=4, vocab_size=96, word_embed_proj_dim=32)
@@ -85,7 +85,7 @@ FAMILIES |= {
         _OPT, _eye(initializer_range=.02), _INDEX,
         qformer_config=_BETWEEN, num_query_tokens=4)}
 
-# %% ../nbs/000_pixels.ipynb #7ce91dc1
+# %% ../nbs/000_pixels.ipynb #7203ef0b
 def random_vlm(
     kind:str, # Any of `FAMILIES`
     seed:int=0, # Of the weights
@@ -104,7 +104,7 @@ def random_vlm(
             else: p.mul_(4)
     return model.to(dtype).eval()
 
-# %% ../nbs/000_pixels.ipynb #97f4d0d1
+# %% ../nbs/000_pixels.ipynb #46d554bd
 _ONE = 'idefics3', 'smolvlm', 'internvl', 'mllama'    # placeholders: one, not four
 
 def _given(kind, px):
@@ -119,11 +119,14 @@ def _given(kind, px):
     ones = torch.ones(b, 1, 1, dtype=torch.long)
     return dict(pixel_values=px[:, None, None], aspect_ratio_ids=ones[..., 0], aspect_ratio_mask=ones)
 
-# %% ../nbs/000_pixels.ipynb #76cab9bb
+# %% ../nbs/000_pixels.ipynb #2ad0ae09
 def _told(kind, ids):
     "What a batch says about its tokens."
     is_picture = (ids == PICTURE).long()
     if kind == 'gemma3': return dict(token_type_ids=is_picture)
+    if kind == 'paligemma':
+        is_answer = torch.arange(ids.shape[1]) >= ids.shape[1]*2//3
+        return dict(token_type_ids=is_answer.long().expand_as(ids))
     if kind.startswith('qwen'): return dict(mm_token_type_ids=is_picture)
     ones = torch.ones(*ids.shape, 1, 1, dtype=torch.long)
     return dict(cross_attention_mask=ones) if kind == 'mllama' else {}

@@ -60,7 +60,7 @@ def check_losses(self:PruneRequest, m):
     with measuring(m):
         for i, batch in enumerate(self.batches):
             ids, mask, labels = batch = batch_on(m, batch)
-            logits = m(ids, **forward_args(m, mask, batch.more)).logits
+            logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
             check_loss(summed_loss(logits, labels)/len(ids), labels, i)
 
 # %% ../nbs/03b_pruning.ipynb #b67f15e0

@@ -198,7 +198,7 @@ def joint(self:Recorder, grads):
 @patch
 def _loss(self:Recorder, model, i, ids, args, labels):
     "The batch's loss, checked."
-    loss = summed_loss(model(ids, **args).logits, labels)
+    loss = summed_loss(model(input_ids=ids, **args).logits, labels)
     check_loss(loss.detach(), labels, i)
     return loss
 
@@ -226,7 +226,7 @@ def run(self:Recorder,
     wants_grad = bool(self.predict) or 'gradient' in self.what
     with self.watch or ExitStack(), torch.set_grad_enabled(wants_grad):
         if wants_grad: loss = self._loss(model, i, ids, args, labels)
-        elif self.what != {'attribution'}: self.expect_sound(model.base_model(ids, **args)[0])
+        elif self.what != {'attribution'}: self.expect_sound(model.base_model(input_ids=ids, **args)[0])
     if wants_grad:
         self.loss += float(loss.detach())
         self.n_losses += len(ids)

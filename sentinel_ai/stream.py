@@ -262,7 +262,7 @@ def _started(m, batches, affine):
     calls, stream, counts = [], [], []
     for batch in batches:
         ids, mask, _ = batch = batch_on(m, batch)
-        with noted_calls(layers) as found: whole(ids, **forward_args(whole, mask, batch.more))
+        with noted_calls(layers) as found: whole(input_ids=ids, **forward_args(whole, mask, batch.more))
         check_allowed(len(found) == len(layers), f'{len(found)} calls of {len(layers)} layers',
                       'a model that calls each of its layers once')
         calls.append([call for _, call in found])

@@ -42,7 +42,7 @@ def log_predictions(
 ) -> Float[Tensor, 'n v']: # For each token whose label counts
     "The logarithms of what a model predicts."
     ids, mask, labels = batch = batch_on(m, batch)
-    with measuring(m): logits = m(ids, **forward_args(m, mask, batch.more)).logits
+    with measuring(m): logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
     counts = labels[:, 1:] != -100
     return logits[:, :-1][counts].float().log_softmax(-1)
 
