@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['base_model', 'text_decoder', 'is_outside', 'placeholders', 'fresh_config', 'takes', 'reads_prompt_both_ways',
-           'reads_ahead', 'check_decoder', 'check_weights']
+           'reads_ahead', 'check_plain', 'check_decoder', 'check_weights']
 
 # %% ../nbs/004_decoder.ipynb #268da023
 import copy, inspect, re, torch
 from torch import Tensor, nn
-from .site import UnsupportedArchitecture, core_linear
+from .site import UnsupportedArchitecture, core_linear, made_of
 
 # %% ../nbs/004_decoder.ipynb #c0058
 def base_model(model:nn.Module) -> nn.Module:
@@ -92,9 +92,13 @@ def reads_prompt_both_ways(
 # %% ../nbs/004_decoder.ipynb #649f87ef
 _PIECES = ('DTensor', 'FlatParameter', 'ShardedTensor')
 
-def _is_here(p):
-    "Has this process the data of a parameter?"
-    return not p.is_meta and p.numel() > 0 and type(p).__name__ not in _PIECES
+def _can_be_asked(model):
+    "Are the weights floats that this process has? Others may read a text by its largest number."
+    if getattr(model.config, 'quantization_config', None) is not None: return False
+    def is_here(p):
+        is_float = p.is_floating_point() and p.element_size() > 1
+        return is_float and not p.is_meta and p.numel() > 0 and type(p).__name__ not in _PIECES
+    return all(map(is_here, model.parameters()))
 
 def _two_texts(model):
     "Token ids, and the same with another end; no placeholders of pictures among them."
@@ -122,7 +126,7 @@ def reads_ahead(
     model:nn.Module, # A model of transformers
 ) -> bool|None: # None if it can't be tried
     "Does a later token change what a model says of earlier ones?"
-    if not all(map(_is_here, model.parameters())): return None
+    if not _can_be_asked(model): return None
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -136,18 +140,27 @@ def reads_ahead(
         for m, mode in modes.items(): m.training = mode
 
 # %% ../nbs/004_decoder.ipynb #c0154
-_ASKED = {}      # class and switches: does it read ahead?
+_CAUSAL = set()      # class and switches of models that were asked
 
 def _is_known_to_read_ahead(model):
-    "The answer of `reads_ahead`, asked once for each class and its switches."
+    "The answer of `reads_ahead`. Who is causal is asked once for each class and its switches."
     said = vars(model.config.get_text_config())
     switches = tuple((k, v) for k, v in said.items() if isinstance(v, bool))
     key = type(model), switches
-    if key not in _ASKED:
-        answer = reads_ahead(model)
-        if answer is None: return False
-        _ASKED[key] = answer
-    return _ASKED[key]
+    if key in _CAUSAL: return False
+    answer = reads_ahead(model)
+    if answer is False: _CAUSAL.add(key)
+    return bool(answer)
+
+def check_plain(model:nn.Module):
+    "Raise for a layer of the text decoder whose weight is computed or packed."
+    inside = text_decoder(model)
+    head = model.get_output_embeddings()
+    for path, m in model.named_modules():
+        made = None if is_outside(path, inside) and m is not head else made_of(m)
+        if made: raise UnsupportedArchitecture(
+            f'{path} ({type(m).__name__}): {made[0]}, and only a plain parameter can be '
+            f'repaired, cut and saved; {made[1]}')
 
 def check_decoder(model:nn.Module):
     "Raise unless `model` is a causal decoder of transformers."
@@ -168,6 +181,7 @@ def check_decoder(model:nn.Module):
     if model.get_output_embeddings() is None: raise UnsupportedArchitecture(
         f'{name} has no language-model head; '
         'load it with AutoModelForCausalLM')
+    check_plain(model)
     if _is_known_to_read_ahead(model): raise UnsupportedArchitecture(
         f'{name} reads both ways: a later token changes what it says of earlier ones; '
         'load a causal language model')
@@ -179,7 +193,8 @@ _ELSEWHERE = {  # what a weight is: the way out
     'offloaded': 'load the whole model into memory '
                  '(without a device_map that offloads)',
     'without data (meta)': 'load the weights first',
-    'sharded': 'do it in one process, before the model is sharded'}
+    'sharded': 'do it in one process, before the model is sharded',
+    'computed': 'make it a plain parameter first'}
 
 def _holder(module):
     "The layer that holds a projection's weight, and the weight; None without."
@@ -189,6 +204,8 @@ def _holder(module):
 
 def _trouble(holder, w, ndim=2):
     "A weight in words and a key of `_ELSEWHERE`; None if all is well."
+    made = made_of(holder) if w is None else None
+    if made: return f'a {type(holder).__name__} ({made[0]}; {made[1]})', 'computed'
     if w is None: return f'a {type(holder).__name__} without a weight of floats', 'quantized'
     is_plain = type(w) in (nn.Parameter, Tensor)
     kind = str(w.dtype) if is_plain else type(w).__name__

@@ -17,7 +17,7 @@ from .ranks import check_allowed
 from .gates import check_edit
 from .batches import check_tokens, more_of
 from .foreign import is_finite, is_whole
-from .measure import CRITERIA, NEEDS, token_batches
+from .measure import CRITERIA, NEEDS, check_gradients, token_batches
 from .repair import (
     CHANNEL_RIDGE, REPAIRS, check_free, holds_bias)
 from .state import built_sites, state_of
@@ -254,6 +254,7 @@ def resolve(self:PruneRequest, m):
     self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
+    check_gradients(m, self.needs())
     batches = token_batches(self.batches, self.batch_size, 'cpu', m)
     self.batches = list(batches)
     for i, (ids, _, labels) in enumerate(self.batches): check_tokens(m, ids, labels, i)
