@@ -119,7 +119,7 @@ def _says(model, ids):
 def _differs(model, a, b):
     "Are these logits further apart than rounding explains?"
     is_wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    return bool((a - b).norm() > (1e-4 if is_wide else 2e-2)*a.norm())
+    return bool((a - b).norm() > (1e-5 if is_wide else 2e-2)*a.norm())
 
 @torch.no_grad()
 def reads_ahead(

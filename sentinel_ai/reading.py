@@ -11,6 +11,7 @@ from torch import nn
 from fastcore.basics import patch
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel)
+from .archs import said_by
 from .io import settle
 from .heads import core_linear, out_features
 from .gates import adapt
@@ -128,7 +129,7 @@ def _to_base(base, kwargs):
 def _check_sizes(path, saved, asked):
     "Raise `ValueError` where the caller wants another size than the weights have."
     for name in (*SIDES, 'num_hidden_layers'):
-        was, wanted = (getattr(c.get_text_config(), name, None) for c in (saved, asked))
+        was, wanted = (said_by(c.get_text_config(), name) for c in (saved, asked))
         if was != wanted: raise ValueError(
             f'{path}: {name} is to be {str(wanted)[:20]}, and the model was saved with {str(was)[:20]}; '
             'the config of a model may change what it does, not the sizes of its weights')
