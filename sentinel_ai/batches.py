@@ -165,6 +165,14 @@ def _one_batch(b, i, device, model=None):
     return Batch((ids, mask, labels.masked_fill(~has_one_before, -100)), more)
 
 # %% ../nbs/02_batches.ipynb #c0012
+def _check_columns(data, model):
+    "Raise `ValueError` for a data set with pictures, which is read for its text only."
+    names = (data.column_names or ()) if model is not None else ()
+    found = [x for x in names if x not in _OURS and x != 'token_type_ids' and takes(model, x)]
+    if found: raise ValueError(
+        f'the data set has the column {found[0]}, which would be left out, as a data set is read for its '
+        'text only; give dicts, such as a DataLoader or a processor makes')
+
 def token_batches(
     data, # A tensor, a dict, a data set, or an iterable of these
     batch_size:int, # Rows at a time of a tensor or a data set
@@ -177,7 +185,9 @@ def token_batches(
         if data.ndim != 2: data = data[None]
         data = data.split(batch_size)
     elif isinstance(data, dict): data = [data]
-    elif is_dataset: data = _dataset_batches(data, batch_size)
+    elif is_dataset:
+        _check_columns(data, model)
+        data = _dataset_batches(data, batch_size)
     for i, b in enumerate(data): yield _one_batch(b, i, device, model)
 
 # %% ../nbs/02_batches.ipynb #c0016

@@ -8,18 +8,20 @@ from sentinel_ai.decoder import reads_ahead
 from sentinel_ai.testing import random_config
 from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune
+from test_matrix import LISTED, MORE, SEED
 from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM,
                           Gemma4ForCausalLM, Gemma4TextConfig, T5EncoderModel)
 
 torch.set_num_threads(1)
 LARGEST = 1_000_000
+COVERED = {*SEED, *LISTED, *MORE} - {'bert', 'roberta', 'bart'}       # by test_matrix::test_causal
 IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 11, 29, 62, 14]])
 # Tables of these are far larger than their small configs say, or a small config needs more than small numbers
 NOT_SMALL = {'apertus1p5', 'blt', 'dots3_note', 'emu3', 'esm', 'fuyu', 'gemma3', 'gemma4', 'gemma4_unified', 'gemma4_unified_assistant', 'got_ocr2',
              'llama4', 'mllama', 'moss_transcribe_diarize', 'phi4_multimodal', 'qwen3_5', 'qwen3_5_moe', 'ultravbert', 'perceiver', 'git', 'modernvbert'}
 
 
-def listed(mapping): return sorted({config.model_type for config in mapping.keys()} - NOT_SMALL - {'sentinel'})
+def listed(mapping): return sorted({config.model_type for config in mapping.keys()} - NOT_SMALL - COVERED - {'sentinel'})
 
 
 @functools.cache
@@ -63,7 +65,7 @@ def test_causal_or_refused(auto, mapping):
             assert len(str(e)) > 40
     assert not odd, f'these read both ways, and are taken for decoders: {odd}'
     is_causal = auto is AutoModelForCausalLM
-    assert len(taken) > 90 if is_causal else not taken
+    assert len(taken) > 50 if is_causal else not taken
     assert len(refused) > (3 if is_causal else 25)
 
 
@@ -147,15 +149,19 @@ def gemma4(**kw):
     return model
 
 
-@pytest.mark.parametrize('kw', [dict(), dict(attention_k_eq_v=True, num_global_key_value_heads=2),
-                                dict(attention_k_eq_v=True, num_kv_shared_layers=0, num_global_key_value_heads=1, global_head_dim=16)], ids=['shared', 'k_eq_v', 'per_layer'])
+SHARING = dict(shared={}, k_eq_v=dict(attention_k_eq_v=True, num_global_key_value_heads=2),
+               per_layer=dict(attention_k_eq_v=True, num_kv_shared_layers=0, num_global_key_value_heads=1, global_head_dim=16))
+
+
+@pytest.mark.filterwarnings('ignore:.*only columns of the output')
+@pytest.mark.parametrize('sharing', SHARING)
 @pytest.mark.parametrize('closed', ['reader', 'producer', 'both'])
-def test_layers_that_share_keys_and_values(kw, closed, tmp_path):
+def test_layers_that_share_keys_and_values(sharing, closed, tmp_path):
     "Layers 2 and 3 read what 0 and 1 keep: any of them may lose heads, or all."
     from sentinel_ai import load_adaptive_model
     gone = dict(reader=[(3, h) for h in range(4)], producer=[(1, h) for h in range(4)],
                 both=[(0, 0), (0, 1), (1, 2), (1, 3), (2, 0), *((3, h) for h in range(4))])[closed]
-    model = gemma4(**kw)
+    model = gemma4(**SHARING[sharing])
     how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     with torch.no_grad():
         whole = model(IDS).logits
@@ -169,6 +175,7 @@ def test_layers_that_share_keys_and_values(kw, closed, tmp_path):
         assert torch.equal(unprune(model)(IDS).logits, whole)
 
 
+@pytest.mark.filterwarnings('ignore:.*only columns of the output')
 def test_a_cache_that_others_read_is_not_saved():
     "Its layers hold all the cache there is, so no head saves any of it; the parameters of their rows stay, too."
     model = gemma4()
