@@ -23,7 +23,7 @@ from .growth import grow, init_small, ungrow
 from .agency import Agency, ConsentError, HeadState
 from .protected import protect_text
 from .controller import ANNController, ElasticBudget, ReinforceController, ThresholdController
-from .saving import SentinelConfig, SentinelForCausalLM
+from .saving import SentinelConfig, SentinelForCausalLM, SentinelForImageTextToText
 from .clients import SentinelModel
 from .export import export_gguf, export_hf
 from .vllm import export_vllm, vllm_problems

@@ -11,6 +11,7 @@ import torch
 from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
+from .batches import Batch, more_of
 from .experts import routed_bias
 from .heads import base_model, core_linear, in_dim
 from .measure import (
@@ -62,7 +63,14 @@ def stand_in(
         if is_open.any() and can_write: return s
 
 # %% ../nbs/03a_bridges.ipynb #c0060
-def batch_on(m, batch): return tuple(x if x is None else x.to(m.device) for x in batch)
+def _on(x, device):
+    if isinstance(x, (list, tuple)): return [_on(part, device) for part in x]
+    return x if x is None else x.to(device)
+
+def batch_on(m, batch):
+    "A batch of `token_batches`, and what goes with it, on the model's device."
+    more = {name: _on(x, m.device) for name, x in more_of(batch).items()}
+    return Batch((_on(x, m.device) for x in batch), more)
 
 def _rows(x, valid):
     "What a projection reads at tokens that count."
@@ -111,8 +119,9 @@ def measure_bridges(
     try:
         with measuring(m):
             m._sync()
-            for ids, mask, _ in (batch_on(m, batch) for batch in batches):
-                m(ids, **forward_args(m, mask))
+            for batch in batches:
+                ids, mask, _ = batch = batch_on(m, batch)
+                m(input_ids=ids, **forward_args(m, mask, batch.more))
                 valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
                 for bridge in bridges: _count_tokens(bridge, seen, valid, close)
     finally:
@@ -143,8 +152,10 @@ def text_loss(m, batches):
     "The loss summed over the examples of some batches."
     total = 0.
     with measuring(m):
-        for ids, mask, labels in (batch_on(m, batch) for batch in batches):
-            total = total + summed_loss(m(ids, **forward_args(m, mask)).logits, labels)
+        for batch in batches:
+            ids, mask, labels = batch = batch_on(m, batch)
+            logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
+            total = total + summed_loss(logits, labels)
     return total
 
 def full_width(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from .decoder import is_outside, text_decoder
 from .heads import (
     HeadMap, OTHER_INPUT, UnitMap, UnsupportedArchitecture, base_model,
     check_decoder, core_name, disturbed, head_map, inputs_of,
@@ -97,6 +98,7 @@ def _read_all(model):
     experts = routed_experts(model)
     unmapped = _left_experts(experts)
     seen, found, shared = {}, {}, {}
+    decoder = text_decoder(model)
     for path, m in model.named_modules(remove_duplicate=False):
         if id(m) in seen:
             shared.setdefault(seen[id(m)], []).append(path)
@@ -104,6 +106,7 @@ def _read_all(model):
         seen[id(m)] = path
         if path in experts or any(path.startswith(f'{p}.') for p in experts): continue
         site, why = _try_read(path, m)
+        if site and is_outside(path, decoder): site, why = None, f'{type(m).__name__}: outside the text decoder'
         if why: unmapped[path] = why
         if site: found[path] = site
     return found, unmapped, shared
@@ -118,11 +121,12 @@ def _read_stack(path, m):
 
 def _join_experts(model, found, unmapped):
     "Let experts be the site of each layer without a dense MLP."
-    taken = layer_stacks(found, model)
+    taken, decoder = layer_stacks(found, model), text_decoder(model)
     for path, m in routed_experts(model).items():
         (stack, layers), = layer_stacks([path], model).items()
         is_taken = layers.keys() <= taken.get(stack, {}).keys()
-        site = None if is_taken or 'shared' in path else _read_stack(path, m)
+        is_left = is_taken or 'shared' in path or is_outside(path, decoder)
+        site = None if is_left else _read_stack(path, m)
         if site is None: continue
         found[path] = site
         taken.setdefault(stack, {}).update(layers)

@@ -13,7 +13,7 @@ from transformers import (
     AutoModel, AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification, AutoModelForTokenClassification)
 from .config import SentinelConfig
-from .reading import SentinelForCausalLM
+from .reading import SentinelForCausalLM, SentinelForImageTextToText
 
 # %% ../nbs/07a_clients.ipynb #7b99a0e1
 def _refuse_saving(*args, **kwargs):
@@ -78,4 +78,6 @@ def _copies():
     is_it = [getattr(x, '__name__', None) == 'transformers' for x in held]
     return [sys.modules['transformers'], *compress(held, is_it)]
 
-for _copy in _copies(): _copy.SentinelForCausalLM = SentinelForCausalLM
+for _copy in _copies():
+    _copy.SentinelForCausalLM = SentinelForCausalLM
+    _copy.SentinelForImageTextToText = SentinelForImageTextToText

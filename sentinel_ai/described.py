@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from .heads import base_model, core_linear, fresh_config
 from .gates import is_merged
+from .loaders import reads_pictures
 from .adaptive import plain_class
 from .config import MEMORY_FILE, SentinelConfig
 from .surgery import HeadPlan
@@ -87,8 +88,8 @@ CARD = 'tags: [sentinel-ai, pruning]'       # by it we know a model card of ours
 
 _LOADING = """```python
 import sentinel_ai                                   # pip install sentinel-ai
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained('this folder')
+from transformers import {auto}
+model = {auto}.from_pretrained('this folder')
 ```
 
 Programs that never import it, such as `lm_eval`, take `trust_remote_code=True` instead."""
@@ -128,6 +129,8 @@ def model_card(
     "The README of a saved model: what it is, what was pruned, how to load it."
     m = base_model(model)
     is_compact = m.sentinel.compact
+    task, auto = 'text-generation', 'AutoModelForCausalLM'
+    if reads_pictures(m.config): task, auto = 'image-text-to-text', 'AutoModelForImageTextToText'
     plan = m.sentinel.plan if is_compact else HeadPlan.from_gates(m)
     name = public_name(m.config).rpartition('/')[2] or m.config.model_type
     size = sum(p.numel() for p in m.parameters())
@@ -137,13 +140,13 @@ def model_card(
     return f"""---
 library_name: transformers
 {CARD}
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # {name}, {_pruned_units(plan)} {'removed' if is_compact else 'closed'}
 
 {size:,} parameters, {_kept_units(plan)}. Read it with
 
-{_LOADING}
+{_LOADING.format(auto=auto)}
 
 {restores if is_compact else ''}{_EVEN if is_compact and _is_even(plan) else ''}
 

@@ -114,7 +114,7 @@ def read_experts(
     fused = 'blocks' if m.is_concatenated else 'interleaved'
     layout = fused if m.has_gate else 'separate'
     proj = dict.fromkeys(('gate', 'up') if m.has_gate else ('up',), name)
-    chosen = first_attr(m.config, SENT_TO) or len(down)
+    chosen = first_attr(m.config.get_text_config(), SENT_TO) or len(down)
     return ExpertSite(-1, path, m, '', proj, layout, n, sizes={name: rows},
                       experts=len(down), chosen=chosen)
 

@@ -160,7 +160,7 @@ def _fill(new, found, units, own):
 def _plain_model(m, kept, mlps, pad):
     "A model of the plain class that computes the same."
     shape = common_shape(m, kept, pad)
-    check_separable(kept, shape.heads == first_attr(m.config, HEAD_COUNTS))
+    check_separable(kept, shape.heads == first_attr(m.config.get_text_config(), HEAD_COUNTS))
     shape = fit_channels(m, mlps, shape, pad)
     check_separable(mlps, shape.setting is None)
     new, found = roomy_skeleton(m, shape)
@@ -179,7 +179,6 @@ def export_hf(
     pad:bool=False, # Fill up with copies, and with units of zeros?
 ) -> Exported: # What was written
     "Write a plain checkpoint without closed units; it is read back and compared."
-    from transformers import AutoModelForCausalLM
     m = base_model(model)
     check_edit(m, 'export')
     dir = check_free(dir, folder=True)
@@ -189,11 +188,11 @@ def export_hf(
     with whole(dir) as tmp:
         plain.save_pretrained(tmp)
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
-        back = AutoModelForCausalLM.from_pretrained(tmp, dtype=m.dtype)
+        back = type(plain).from_pretrained(tmp, dtype=m.dtype)
         _, got = probe_logits(back)
         error = check_same(got, want, m.dtype, 'the plain checkpoint', any_folded([*kept, *mlps]))
     files = list(dir.glob('*.safetensors'))
-    return exported(dir, kept, mlps, m.dtype, m.config.hidden_size, files, error)
+    return exported(dir, kept, mlps, m.dtype, m.config.get_text_config().hidden_size, files, error)
 
 # %% ../nbs/07b_export.ipynb #c0130
 _all_ = [

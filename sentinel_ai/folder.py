@@ -8,6 +8,7 @@ __all__ = ['SIDES', 'variant_of', 'weight_files', 'shapes_in', 'check_scale', 'c
 # %% ../nbs/07_folder.ipynb #w0002
 import math, re
 from pathlib import Path
+from .archs import said_by
 from .foreign import (
     LARGEST, crc_of, damaged, inside, is_whole, open_tensors, read_json)
 
@@ -70,7 +71,7 @@ SIDES = ('hidden_size', 'vocab_size', 'intermediate_size',
 def _sides(config):
     "The numbers of a config that decide how large its model is."
     for name in SIDES:
-        value = getattr(config, name, None)
+        value = said_by(config, name)
         values = value if isinstance(value, (list, tuple)) else [value]
         yield from ((name, x) for x in values if x is not None)
 

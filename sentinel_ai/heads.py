@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .archs import (
     ARCHS, HEAD_COUNTS, KV_COUNTS, OUT_NAMES, disturbed, first_attr,
     inputs_of, probe, read_site, register_arch)
-from .decoder import base_model, check_decoder, check_weights, fresh_config
+from .decoder import (
+    base_model, check_decoder, check_weights, fresh_config,
+    is_outside, text_decoder)
 from .resize import HEAD_UNITS, UNITS, check_keep, head_cost
 from sentinel_ai.site import (
     AttnSite, UnsupportedArchitecture, core_linear, core_name,
@@ -136,23 +138,24 @@ def _family(model):
     return re.sub(r'^Adaptive|(For|LM)[A-Z]\w*$', '', type(model).__name__)
 
 # %% ../nbs/00_heads.ipynb #c0151
-def _left_alone(path, m, family, unmapped):
+def _left_alone(path, m, family, unmapped, decoder=''):
     "Why a module is no candidate ('': no need to say), None if it is."
     owner, _, last = path.rpartition('.')
     name = type(m).__name__
     if re.search(_NOT_HEADS, f'{name.removeprefix(family)} {last}'.lower()):
         is_whole = list(m.children()) and owner not in unmapped
         return f'{name}: no softmax heads' if is_whole else ''
-    if re.search(OTHER_INPUT, path.lower()):
-        is_attention = re.search('attn|attention', last.lower())
-        return f'{name}: attends to another input' if is_attention else ''
-    return None
+    is_other = re.search(OTHER_INPUT, path.lower())
+    if not is_other and not is_outside(path, decoder): return None
+    where = 'attends to another input' if is_other else 'outside the text decoder'
+    is_attention = re.search('attn|attention', last.lower())
+    return f'{name}: {where}' if is_attention else ''
 
 # %% ../nbs/00_heads.ipynb #c0055
 def _candidates(model):
     "Attention modules, those left alone, and further paths of shared ones."
     seen, found, unmapped, shared = {}, {}, {}, {}
-    family = _family(model)
+    family, decoder = _family(model), text_decoder(model)
     for path, m in model.named_modules(remove_duplicate=False):
         if path and id(m) in seen:
             shared.setdefault(seen[id(m)], []).append(path)
@@ -161,7 +164,7 @@ def _candidates(model):
         is_inside = any(path.startswith(f'{outer}.') for outer in found)
         if not path or is_inside: continue
         if isinstance(m, (nn.ModuleList, nn.Linear)): continue
-        why = _left_alone(path, m, family, unmapped)
+        why = _left_alone(path, m, family, unmapped, decoder)
         if why: unmapped[path] = why
         site = read_site(model, path, m, -1) if why is None else None
         if site is not None: found[path] = site

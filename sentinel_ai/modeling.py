@@ -16,7 +16,8 @@ MODELING_FILE = 'modeling_sentinel.py'
 _NAMES = dict(
     AutoConfig='SentinelConfig',
     AutoModel='SentinelModel',
-    AutoModelForCausalLM='SentinelForCausalLM')
+    AutoModelForCausalLM='SentinelForCausalLM',
+    AutoModelForImageTextToText='SentinelForImageTextToText')
 
 AUTO_MAP = {auto: f'modeling_sentinel.{name}' for auto, name in _NAMES.items()}
 
@@ -40,7 +41,7 @@ _SOURCE = '''"""Lets transformers read the pruned model in this folder. Written 
 It runs only where `trust_remote_code=True` is given, and not at all once sentinel_ai is imported.
 """
 try:
-    from sentinel_ai import SentinelConfig, SentinelForCausalLM, SentinelModel
+    from sentinel_ai import SentinelConfig, SentinelForCausalLM, SentinelForImageTextToText, SentinelModel
 except ImportError as e:
     if e.name != 'sentinel_ai': raise
     raise ImportError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .batches import (
-    check_loss, check_tokens, forward_args, summed_loss, token_batches)
+    check_loss, check_tokens, forward_args, more_of, summed_loss, token_batches)
 from .bridges import batch_on, measure_bridges, text_loss
 from .measure import measure
 from .ranks import check_allowed
@@ -39,16 +39,17 @@ class OwnText(TextSource):
     def dicts(self) -> list:
         "The text as `measure` takes it."
         names = 'input_ids', 'attention_mask', 'labels'
-        return [dict(zip(names, batch)) for batch in self.batches]
+        return [dict(zip(names, batch)) | more_of(batch) for batch in self.batches]
 
 # %% ../nbs/03b_own_text.ipynb #a2083d4a
 def text_source(
     batches, # Token ids, dicts, a data set, an iterable of these; or a `TextSource`
     batch_size:int=4, # Rows at a time of a tensor or a data set
+    model=None, # That reads it: then pictures come along
 ) -> TextSource:
     "Who answers what pruning asks of a text."
     if isinstance(batches, TextSource): return batches
-    return OwnText([*token_batches(batches, batch_size, 'cpu')])
+    return OwnText([*token_batches(batches, batch_size, 'cpu', model)])
 
 @patch
 def check(self:OwnText, m):
@@ -69,8 +70,8 @@ def check_losses(self:OwnText, m):
     "Raise `ValueError` for a batch without a finite loss."
     with measuring(m):
         for i, batch in enumerate(self.batches):
-            ids, mask, labels = batch_on(m, batch)
-            logits = m(ids, **forward_args(m, mask)).logits
+            ids, mask, labels = batch = batch_on(m, batch)
+            logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
             check_loss(summed_loss(logits, labels)/len(ids), labels, i)
 
 @patch

@@ -56,9 +56,10 @@ def _has_bias(lin): return getattr(core_linear(lin), 'bias', None) is not None
 def _biased_twin(m):
     "The model's class with all biases asked for; None if there are no flags."
     config = fresh_config(m.config)
-    flags = [f for f in BIAS_FLAGS if getattr(config, f, None) is False]
+    text = config.get_text_config()                  # of a model that sees: its text part
+    flags = [f for f in BIAS_FLAGS if getattr(text, f, None) is False]
     if not flags: return None
-    for flag in flags: setattr(config, flag, True)
+    for flag in flags: setattr(text, flag, True)
     with torch.device('meta'): return plain_class(m)(config)
 
 # %% ../nbs/03a_predict.ipynb #c0019

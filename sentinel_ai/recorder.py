@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from functools import partial
 from jaxtyping import Bool, Float
 from torch import Tensor
-from .batches import NOT_FINITE, check_tokens, check_loss, forward_args, summed_loss
+from .batches import NOT_FINITE, check_tokens, check_loss, forward_args, more_of, summed_loss
 from .heads import UnsupportedArchitecture
 from sentinel_ai.moments import (
     centred, channel_predictor, input_sums, layer_tables, predictors,
@@ -202,7 +202,7 @@ def _loss(self:Recorder, model, i, ids, args, labels):
     n = (labels[:, 1:] != -100).sum(1)
     if self.per is None: self.per = max(1, int(n.max()))
     self.n_rows, self.n_ahead = self.n_rows + len(n), self.n_ahead + int(n.sum())
-    loss = summed_loss(model(ids, **args).logits, labels, self.per)
+    loss = summed_loss(model(input_ids=ids, **args).logits, labels, self.per)
     check_loss(loss.detach(), labels, i)
     return loss
 
@@ -225,12 +225,12 @@ def run(self:Recorder,
     "Measure one batch."
     ids, mask, labels = batch
     check_tokens(model, ids, labels, i)
-    args = forward_args(model, mask)
+    args = forward_args(model, mask, more_of(batch))
     self.begin(ids, mask)
     wants_grad = bool(self.predict) or 'gradient' in self.what
     with self.watch or ExitStack(), torch.set_grad_enabled(wants_grad):
         if wants_grad: loss = self._loss(model, i, ids, args, labels)
-        elif self.what != {'attribution'}: self.expect_sound(model.base_model(ids, **args)[0])
+        elif self.what != {'attribution'}: self.expect_sound(model.base_model(input_ids=ids, **args)[0])
     if wants_grad:
         self.loss += float(loss.detach())*self.per
         self.n_losses += int((labels[:, 1:] != -100).sum())

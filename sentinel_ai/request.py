@@ -16,7 +16,7 @@ from .choose import head_items, reachable_cost, units_of
 from .ranks import check_allowed
 from .gates import check_edit
 from .foreign import is_finite, is_whole
-from .measure import CRITERIA, NEEDS, HeadStats
+from .measure import CRITERIA, NEEDS, HeadStats, check_gradients
 from .batches import kinds_of
 from .own_text import text_source
 from .repair import (
@@ -242,6 +242,8 @@ def check_reach(self:PruneRequest, heads, units_in):
     largest = max(len(item) for _, item in items)
     slack = largest/2 if self.unit == 'heads' else 1e-6
     can = reachable_cost(units_in(self.unit))
+    check_allowed(can > 0, f'a budget of {self.unit} where no head that may be closed saves any '
+                  '(what it keeps is read by others)', 'a budget of params= or flops=')
     n_fixed = int(self.fixed['heads'].sum())
     what = (f'closing {self.to_save:g} {self.unit} with '
             f'min_heads={self.min_heads}, {n_fixed} protected')
@@ -253,7 +255,7 @@ def take_text(self:PruneRequest, m):
     "Who answers about the text; raise if nobody can."
     kinds = kinds_of(self.batches)
     if kinds: self.info['text'] = kinds
-    self.source = text_source(self.batches, self.batch_size)
+    self.source = text_source(self.batches, self.batch_size, m)
     self.batches = self.source.batches
     self.source.check(m)
     check_allowed(self.source.is_here or not self.compensate,
@@ -287,4 +289,5 @@ def resolve(self:PruneRequest, m):
     self.unit, self.to_save = self.goal(heads, units_in, idle_params(m))
     self.settle_repair(m, maps)
     self.check_reach(heads, units_in)
+    check_gradients(m, self.needs())
     self.take_text(m)

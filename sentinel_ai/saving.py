@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_whole', 'FORMAT', 'HEADS_FILE', 'MEMORY_FILE', 'SentinelConfig', 'extra_biases', 'model_card', 'public_name',
-           'sentinel_config', 'recall_removed', 'SentinelForCausalLM']
+           'sentinel_config', 'recall_removed', 'SentinelForCausalLM', 'SentinelForImageTextToText']
 
 # %% ../nbs/07a_saving.ipynb #86054066
 import inspect, os, tempfile
@@ -25,13 +25,14 @@ from .described import (
 from .removed import recall_removed, save_removed
 from .family_file import FAMILY_FILE, save_family
 from .sizes import misfit
-from .reading import SentinelForCausalLM
+from .reading import SentinelForCausalLM, SentinelForImageTextToText, sees
 
 # %% ../nbs/07a_saving.ipynb #d72f7ec9
 _all_ = [  # their home is a chapter before, and they are found here too
     'FORMAT', 'HEADS_FILE', 'MEMORY_FILE', 'SentinelConfig',
     'extra_biases', 'model_card', 'public_name',
-    'sentinel_config', 'recall_removed', 'SentinelForCausalLM']
+    'sentinel_config', 'recall_removed', 'SentinelForCausalLM',
+    'SentinelForImageTextToText']
 
 # %% ../nbs/07a_saving.ipynb #6fa67142
 _VARYING = ('architectures', 'dtype', 'torch_dtype', 'weights',
@@ -73,7 +74,7 @@ def _save_sentinel(m, d, checksum=True, **kwargs):
     m.__class__ = plain_class(m)
     try: m.save_pretrained(d, **kwargs)
     finally: m.__class__ = cls
-    cfg.architectures = ['SentinelForCausalLM']
+    cfg.architectures = ['SentinelForImageTextToText' if sees(cfg) else 'SentinelForCausalLM']
     if not kwargs.get('is_main_process', True): return
     if checksum and not kwargs.get('distributed_checkpoint'): cfg.weights = weight_sums(d)
     write_text(d/'config.json', cfg.to_json_string())

@@ -59,7 +59,7 @@ def _config(m, shape, flags=()):
     "A copy of the model's config with that shape, or a `ValueError`."
     cfg = fresh_config(m.config)
     if hasattr(cfg, 'sentinel'): del cfg.sentinel
-    try: _say(cfg, shape, flags)
+    try: _say(cfg.get_text_config(), shape, flags)
     except Exception as e: raise _cannot(m, shape, e) from e
     return cfg
 
@@ -94,7 +94,8 @@ _CHANNEL_SETTINGS = (
 def _with_channels(m, shape, n):
     "The same shape, with `n` channels in every MLP."
     skeleton(m, shape)                  # what is wrong with heads is said first
-    names = [name for name in _CHANNEL_SETTINGS if hasattr(m.config, name)]
+    text = m.config.get_text_config()
+    names = [name for name in _CHANNEL_SETTINGS if hasattr(text, name)]
     for name in names:
         new = shape._replace(setting=name, channels=n)
         try: skeleton(m, new)
@@ -223,7 +224,7 @@ def roomy_skeleton(m, shape):
     flags, made = [], skeleton(m, shape)
     lost = homeless(made)
     for flag in (*BIAS_FLAGS, 'mlp_bias'):
-        if not lost or getattr(m.config, flag, None) is not False: continue
+        if not lost or getattr(m.config.get_text_config(), flag, None) is not False: continue
         roomier = skeleton(m, shape, [*flags, flag])
         fewer = homeless(roomier)
         if len(fewer) == len(lost): continue

@@ -194,8 +194,9 @@ def _started(m, batches, affine):
     numbers = sorted(sites)
     layers = [whole.get_submodule(sites[n]) for n in numbers]
     calls, stream, counts = [], [], []
-    for ids, mask, _ in (batch_on(m, batch) for batch in batches):
-        with noted_calls(layers) as found: whole(ids, **forward_args(whole, mask))
+    for batch in batches:
+        ids, mask, _ = batch = batch_on(m, batch)
+        with noted_calls(layers) as found: whole(input_ids=ids, **forward_args(whole, mask, batch.more))
         check_allowed(len(found) == len(layers), f'{len(found)} calls of {len(layers)} layers',
                       'a model that calls each of its layers once')
         calls.append([call for _, call in found])
@@ -299,7 +300,7 @@ def compensate(
     check_known(m, 'compensate')
     is_pruned = bool(m.sentinel.repairs) or not m.sentinel.plan.whole
     check_allowed(is_pruned, 'a model that was not pruned with repair', 'one that prune(model, ...) has pruned')
-    batches = [*token_batches(batches, batch_size, 'cpu')]
+    batches = [*token_batches(batches, batch_size, 'cpu', m)]
     check_allowed(batches, 'batches without a block', 'at least one block of token ids')
     for i, (ids, _, labels) in enumerate(batches): check_tokens(m, ids, labels, i)
     affine = {kind: holds_bias(m, kind) for kind in kinds_of(m)}

@@ -72,17 +72,23 @@ def _check_mlps(m, bad, what):
         f'what it was ({what}). {_AS_BEFORE}register_mlp')
 
 # %% ../nbs/03_surgery.ipynb #e3f94789
-def _columns_only(m, bad, seen, optimizer):
+def _with_columns(m, layers, seen, pairs, optimizer):
+    "Prune only columns in these layers; those of `pairs` that still differ."
+    columns = sorted({*m.sentinel.plan.columns, *layers})
+    apply_plan(m, replace(m.sentinel.plan, columns=columns), optimizer)
+    return differing_layers(m, seen, pairs)
+
+def _columns_only(m, bad, seen, optimizer, changed):
     "Where heads differ, prune only columns; raise if that differs too."
     why = [f'{kind} of layer {l}: {reason}' for (kind, l), reason in bad.items()]
     what = '; '.join(why[:3])
     _check_mlps(m, bad, what)
-    state = m.sentinel
     layers = [l for kind, l in bad if kind == 'heads']
-    columns = sorted({*state.plan.columns, *layers})
-    apply_plan(m, replace(state.plan, columns=columns), optimizer)
-    still = differing_layers(m, seen, list(bad))
-    name = type(state.built.heads[layers[0]].attn).__name__
+    still = _with_columns(m, layers, seen, list(bad), optimizer)
+    if still:          # a layer may read keys and values of another one, which lost some
+        layers = [l for kind, l in changed if kind == 'heads']
+        still = _with_columns(m, layers, seen, changed, optimizer)
+    name = type(m.sentinel.built.heads[layers[0]].attn).__name__
     if still: raise UnsupportedArchitecture(
         f'{name}: without the closed heads the attention is not what it was '
         f'({what}), nor with all its rows ({list(still.values())[0]}). '
@@ -135,7 +141,7 @@ def compact(
         apply_plan(m, plan, optimizer)
         changed = changed_layers(before, plan)
         bad = differing_layers(m, seen, changed) if check else {}
-        if bad: _columns_only(m, bad, seen, optimizer)
+        if bad: _columns_only(m, bad, seen, optimizer, changed)
     return copy.deepcopy(state.plan)
 
 # %% ../nbs/03_surgery.ipynb #c0065

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RERUN', 'random_config', 'random_model', 'may_store', 'rerun', 'results_file', 'store_result', 'cache_of',
-           'with_cache', 'command_output', 'check_command', 'in_processes']
+           'with_cache', 'command_output', 'check_command', 'in_processes', 'FAMILIES', 'image_batch', 'random_vlm']
 
 # %% ../nbs/000_testing.ipynb #c0003
 import copy, difflib, io, json, os, pickle, tempfile, time, torch
@@ -13,6 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache
+from .pixels import FAMILIES, image_batch, random_vlm
+
+# %% ../nbs/000_testing.ipynb #52f49009
+_all_ = ['FAMILIES', 'image_batch', 'random_vlm']     # models that see: their home is a chapter before
 
 # %% ../nbs/000_testing.ipynb #c0032
 _SIZES = {  # names of sizes in configs: their small value

@@ -11,6 +11,7 @@ import copy, math, torch
 from torch import nn, Tensor
 from jaxtyping import Float
 from fastcore.basics import patch
+from .batches import more_of
 from .bridges import batch_on
 from .measure import forward_args, measuring
 from .own_text import OwnText
@@ -35,10 +36,13 @@ def trial_text(
     tokens:int=TRIAL_TOKENS, # At most this many in all
     rows=None, # Which blocks; None: as `trial_rows` says
 ) -> list: # Batches of one block each
-    "Some blocks of a text."
-    each = [tuple(x if x is None else x[i:i+1, :tokens] for x in batch)
-            for batch in batches for i in range(len(batch[0]))]
-    if rows is None: rows = trial_rows(len(each), each[0][0].shape[1], tokens)
+    "Some blocks of a text. A batch with pictures stays whole."
+    each = []
+    for batch in batches:
+        if more_of(batch): each.append(batch)
+        else: each += [tuple(x if x is None else x[i:i+1, :tokens] for x in batch)
+                       for i in range(len(batch[0]))]
+    if rows is None: rows = trial_rows(len(each), each[0][0].numel(), tokens)
     return [each[i] for i in rows]
 
 # %% ../nbs/03b_trials.ipynb #29295e22
@@ -48,8 +52,8 @@ def log_predictions(
     batch:tuple, # Ids, mask and labels
 ) -> Float[Tensor, 'n v']: # For each token whose label counts
     "The logarithms of what a model predicts."
-    ids, mask, labels = batch_on(m, batch)
-    with measuring(m): logits = m(ids, **forward_args(m, mask)).logits
+    ids, mask, labels = batch = batch_on(m, batch)
+    with measuring(m): logits = m(input_ids=ids, **forward_args(m, mask, batch.more)).logits
     counts = labels[:, 1:] != -100
     return logits[:, :-1][counts].float().log_softmax(-1)
 

@@ -6,10 +6,11 @@
 __all__ = ['observe_layers', 'differing_layers', 'look_before']
 
 # %% ../nbs/02e_verify.ipynb #c0003
-import functools, torch
+import functools, inspect, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
 from transformers.cache_utils import Cache
+from .decoder import placeholders, text_decoder
 from .state import state_of
 
 # %% ../nbs/02e_verify.ipynb #c0009
@@ -28,6 +29,7 @@ def _tokens(m):
     n = weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, n-1), n, (2, 8), generator=generator)
+    for free in placeholders(m): ids[ids == free] = min(3, n-1)
     ids = ids.to(weight.device)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -68,6 +70,14 @@ def _recording(m):
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../nbs/02e_verify.ipynb #9692a77c
+def _reader_of(m):
+    "The model; or its text decoder, where the whole doesn't run without a picture."
+    others = [*inspect.signature(type(m).forward).parameters.values()][1:]
+    needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needs_more = set(needed) - {'input_ids'}
+    return m.get_submodule(text_decoder(m)) if needs_more else m
+
 # %% ../nbs/02e_verify.ipynb #c0019
 @torch.no_grad()
 def observe_layers(
@@ -76,8 +86,8 @@ def observe_layers(
     "Run a few tokens and record what each attention and each MLP did."
     ids, mask = _tokens(m)
     with _recording(m) as seen, _evaluating(m):
-        out = m(input_ids=ids, attention_mask=mask, use_cache=False)
-    return out.logits, mask.bool(), seen
+        out = _reader_of(m)(input_ids=ids, attention_mask=mask, use_cache=False)
+    return out.get('logits', out[0]), mask.bool(), seen
 
 # %% ../nbs/02e_verify.ipynb #c0023
 def _form_off(got, want):

@@ -225,7 +225,7 @@ def measuring(
 ):
     "Eval mode, no gradients for weights, attention that can be watched; put back afterwards."
     in_training = [m for m in model.modules() if m.training]
-    want_grad = [p for p in model.parameters() if p.requires_grad]
+    want_grad = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     impl = getattr(model.config, '_attn_implementation', None)
     is_blind = impl is not None and impl not in ('eager', 'sdpa', 'sentinel')
     try:

@@ -259,7 +259,7 @@ def test_peft_by_name(root):
 def test_what_lies_in_it(root, tmp_path):
     for kind in KINDS:
         about = json.loads((root/kind/'config.json').read_text())
-        assert about['auto_map'].keys() == {'AutoConfig', 'AutoModel', 'AutoModelForCausalLM'}
+        assert about['auto_map'].keys() == {'AutoConfig', 'AutoModel', 'AutoModelForCausalLM', 'AutoModelForImageTextToText'}
         assert about['hidden_size'] == 128 and about['vocab_size'] == 1024
         assert (root/kind/MODELING_FILE).read_text() == (root/KINDS[0]/MODELING_FILE).read_text()
     m = made('masked')
