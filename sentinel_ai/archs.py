@@ -142,7 +142,8 @@ def _of_more(attn):
 # %% ../nbs/002_archs.ipynb #c0114
 def _stay(attn, proj, n, n_kv):
     "'qk' if a norm runs over the full width of queries or keys, 'qkv' if other layers read keys and values."
-    if getattr(attn, 'store_full_length_kv', False): return 'qkv'       # Gemma 3n, Gemma 4
+    is_shared = said_by(getattr(attn, 'config', None), 'num_kv_shared_layers')
+    if is_shared and getattr(attn, 'store_full_length_kv', False): return 'qkv'     # Gemma 3n, Gemma 4
     counts, full = dict(q=n, k=n_kv), _full(attn, proj)
     is_many = lambda part: counts[part] > 1
     if any(map(is_many, _norm_widths(attn))): return 'qk' if any(map(is_many, full)) else ''

@@ -23,7 +23,7 @@ from test_surgery import attributes, close, state  # noqa: E402
 
 torch.set_num_threads(1)
 # Dory has a norm without weights and a factor for each channel
-MORE = [m for m in ('dory', 'cpmant', 'xlm', 'granitemoehybrid') if m in CONFIG_MAPPING]
+MORE = [m for m in ('dory', 'xlm', 'granitemoehybrid') if m in CONFIG_MAPPING]
 VARIANTS['xlm'] = 'xlm', dict(causal=True)       # by default it reads both ways
 WITH = CHANNELS + MORE
 # Not every layer of it has an MLP: some are Mamba or attention alone

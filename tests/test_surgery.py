@@ -402,7 +402,7 @@ def test_layers_that_share_weights():
 
 @pytest.mark.filterwarnings('ignore:.*only columns')
 def test_unlisted_architectures():
-    for name in [m for m in ('minimax_m2', 'cpmant', 'hrm_text', 'whisper', 'trocr') if m in CONFIG_MAPPING]:
+    for name in [m for m in ('minimax_m2', 'hrm_text', 'whisper', 'trocr') if m in CONFIG_MAPPING]:
         model = adapt(random_model(name))
         want = logits(set_gates(model, uneven(model, 2, 0)))
         compact(model)
