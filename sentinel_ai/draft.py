@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'renew', 'shared_copy', 'forget_cuts', 'share_equal', 'm
            'check_draftable', 'as_draft', 'draft_of', 'own_bytes', 'stale', 'Acceptance', 'drafted', 'acceptance',
            'expected_tokens', 'expected_speedup', 'own_names', 'open_own']
 
-# %% ../nbs/03f_draft.ipynb #8c08952b
+# %% ../nbs/03f_draft.ipynb #00c3a649
 import copy, inspect, torch, weakref
 from dataclasses import astuple, dataclass
 from torch import nn
@@ -23,7 +23,7 @@ from .sizes import family_of, resize
 from .state import RepairLog, need_state, state_of
 from .surgery import compact
 
-# %% ../nbs/03f_draft.ipynb #01a167f4
+# %% ../nbs/03f_draft.ipynb #b8dff431
 def renew(
     m:nn.Module, # A copy of a model
     params, # Parameters of it
@@ -36,7 +36,7 @@ def renew(
         held = module._parameters
         held.update({leaf: new[id(p)] for leaf, p in held.items() if id(p) in new})
 
-# %% ../nbs/03f_draft.ipynb #5cf99830
+# %% ../nbs/03f_draft.ipynb #af76bd9f
 def shared_copy(
     model:nn.Module, # Any decoder, adapted or not
 ) -> nn.Module: # Adapted
@@ -52,7 +52,7 @@ def shared_copy(
     renew(twin, [p for p in written if p is not None], clone=True)
     return twin
 
-# %% ../nbs/03f_draft.ipynb #7bc682a7
+# %% ../nbs/03f_draft.ipynb #22fdcd33
 def forget_cuts(
     m:nn.Module, # A pruned model that will never be made whole
 ):
@@ -76,7 +76,7 @@ def share_equal(
         is_like = other is not None and (other.shape, other.dtype) == (p.shape, p.dtype)
         if is_like and torch.equal(p, other): p.data = other.data
 
-# %% ../nbs/03f_draft.ipynb #32bbf19f
+# %% ../nbs/03f_draft.ipynb #bda78669
 def marks(
     m:nn.Module, # Any model
 ) -> dict: # By name
@@ -90,7 +90,7 @@ class Origin:
     def __call__(self): return self.ref()
     def __reduce__(self): return type(None), ()
 
-# %% ../nbs/03f_draft.ipynb #46774272
+# %% ../nbs/03f_draft.ipynb #303eeb87
 SCHEDULES = ('constant', 'heuristic', 'heuristic_transient')
 
 def set_proposals(
@@ -109,7 +109,7 @@ def set_proposals(
     config.assistant_confidence_threshold = float(confidence)
     return draft
 
-# %% ../nbs/03f_draft.ipynb #80d60f5e
+# %% ../nbs/03f_draft.ipynb #528bbfdd
 def undraftable(
     m:nn.Module, # Any decoder
 ) -> str: # '' where transformers can use a draft
@@ -130,7 +130,7 @@ def check_draftable(
     why = undraftable(m)
     if why: raise UnsupportedArchitecture(f'{why}; write without a draft')
 
-# %% ../nbs/03f_draft.ipynb #4fd2ff22
+# %% ../nbs/03f_draft.ipynb #4f8e4e50
 def as_draft(
     twin:nn.Module, # From `shared_copy`, pruned
     model:nn.Module, # What it is a copy of
@@ -148,7 +148,7 @@ def as_draft(
     set_proposals(twin, tokens)
     return twin.requires_grad_(False).eval()
 
-# %% ../nbs/03f_draft.ipynb #2f196045
+# %% ../nbs/03f_draft.ipynb #1221322d
 def _cut(twin, budget, context, batches, options):
     "Prune a copy, with text or without."
     if batches is None:
@@ -168,7 +168,7 @@ def _check_source(m, batches, options):
                   'elastic(model, batches) first, or batches= for a draft that is pruned')
     family_of(m)
 
-# %% ../nbs/03f_draft.ipynb #e29f460b
+# %% ../nbs/03f_draft.ipynb #80c3a519
 def draft_of(
     model:nn.Module, # Any decoder; it is left as it is
     params:int|float|None=None, # Budget; up to 1.0 a share. Default half
@@ -192,7 +192,7 @@ def draft_of(
     _cut(twin, budget, context, batches, options)
     return as_draft(twin, m, tokens)
 
-# %% ../nbs/03f_draft.ipynb #b376ee6d
+# %% ../nbs/03f_draft.ipynb #e4407ae8
 def _storages(m):
     "Bytes of each piece of memory that a model's parameters and buffers lie in."
     tensors = [*m.parameters(), *m.buffers()]
@@ -208,7 +208,7 @@ def own_bytes(
     mine = _storages(base_model(draft))
     return sum(n for at, n in mine.items() if at not in theirs)
 
-# %% ../nbs/03f_draft.ipynb #f32632f1
+# %% ../nbs/03f_draft.ipynb #d16b1a41
 def stale(
     draft:nn.Module, # From `draft_of`
 ) -> str: # '' while it fits
@@ -223,7 +223,7 @@ def stale(
     how = 'cut, grown or restored' if is_cut else 'written or replaced'
     return f'{len(changed)} of {len(then)} parameters of the model were {how} since, such as {changed[0]}'
 
-# %% ../nbs/03f_draft.ipynb #6f48f021
+# %% ../nbs/03f_draft.ipynb #1e6cd9ee
 class _Rounds(StoppingCriteria):
     "Notes the length after each round, and what the draft proposed in it; stops nothing."
     def __init__(self): self.calls, self.rounds, self.length = 0, [], 0
@@ -234,7 +234,7 @@ class _Rounds(StoppingCriteria):
         self.calls, self.length = 0, ids.shape[1]
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-# %% ../nbs/03f_draft.ipynb #3007dd2f
+# %% ../nbs/03f_draft.ipynb #aa8c2c76
 @dataclass
 class Acceptance:
     "What a draft and its model did for a text, counted in calls. Sums of these add up."
@@ -257,7 +257,7 @@ class Acceptance:
         f'{self.tokens} tokens in {self.rounds} calls of the model and {self.proposed} of the draft; '
         f'{self.accepted} proposals accepted ({self.share:.0%}), {self.a_round:.2f} a round')
 
-# %% ../nbs/03f_draft.ipynb #7b46c473
+# %% ../nbs/03f_draft.ipynb #263e5239
 def _counted(rounds):
     "Sum up rounds: pairs of what was proposed and how many tokens came of it."
     pairs = [(proposed, new - 1) for proposed, new in rounds]
@@ -274,7 +274,7 @@ def _as_inputs(prompt, device):
     inputs.setdefault('attention_mask', torch.ones_like(ids))
     return {name: t.to(device) for name, t in inputs.items()}
 
-# %% ../nbs/03f_draft.ipynb #95676437
+# %% ../nbs/03f_draft.ipynb #a67a6018
 @torch.no_grad()
 def drafted(
     model:nn.Module, # What is to write
@@ -305,7 +305,7 @@ def acceptance(
     found = [drafted(model, draft, prompt, max_new_tokens, **how)[1] for prompt in prompts]
     return sum(found, Acceptance())
 
-# %% ../nbs/03f_draft.ipynb #efccf1a3
+# %% ../nbs/03f_draft.ipynb #c57a3ba3
 def expected_tokens(
     alpha:float, # Probability that a proposal is accepted
     tokens:int, # Proposed in each round
@@ -324,7 +324,7 @@ def expected_speedup(
     check_allowed(cost >= 0 and check > 0, f'cost={cost!r}, check={check!r}', 'times above 0')
     return expected_tokens(alpha, tokens)/(cost*tokens + check)
 
-# %% ../nbs/03f_draft.ipynb #bf012469
+# %% ../nbs/03f_draft.ipynb #356ade20
 def own_names(
     draft:nn.Module, # From `draft_of`
     model:nn.Module, # What it was made from
