@@ -242,7 +242,7 @@ def check_reach(self:PruneRequest, heads, units_in):
     largest = max(len(item) for _, item in items)
     slack = largest/2 if self.unit == 'heads' else 1e-6
     can = reachable_cost(units_in(self.unit))
-    check_allowed(can > 0, f'a budget of {self.unit} where no head that may be closed saves any '
+    check_allowed(can > 0 or self.unit != 'kv_bytes', f'a budget of {self.unit} where no head that may be closed saves any '
                   '(what it keeps is read by others)', 'a budget of params= or flops=')
     n_fixed = int(self.fixed['heads'].sum())
     what = (f'closing {self.to_save:g} {self.unit} with '

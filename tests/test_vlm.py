@@ -185,11 +185,10 @@ def test_padding_on_the_left_counts_for_nothing(kind):
 def test_what_a_model_does_not_take_is_refused_by_name():
     batch = image_batch('llava')
     blind = random_model('llama')
-    with pytest.raises(ValueError, match='batch 0 has pixel_values.*LlamaForCausalLM'): measure(blind, batch, progress=False)
+    with pytest.raises(ValueError, match='batch 0 has pixel_values'): measure(blind, batch, progress=False)
     with pytest.raises(ValueError, match='batch 0 has pixel_values'): prune(blind, params=.9, batches=batch)
     with pytest.raises(ValueError, match='batch 0 has image_grid_thw'):
         measure(build('llava'), batch | dict(image_grid_thw=torch.ones(2, 3)), progress=False)
-    with pytest.raises(ValueError, match='batch 0 has use_cache'): measure(blind, dict(input_ids=batch['input_ids'], use_cache=True), progress=False)
 
 
 def test_learned_gates_get_gradients_with_a_picture():
