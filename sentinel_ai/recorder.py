@@ -265,7 +265,7 @@ def _layer_tables(site, sums, examples):
     return tables, moments
 
 # %% ../nbs/02_recorder.ipynb #0d27aa6f
-_POWERS = dict(grad=1, taylor=1, attribution=1, fisher=2, repaired=2)     # of the loss's scale
+_POWERS = dict(grad=1, taylor=1, attribution=1, fisher=2, repaired=2, obs=2)     # of the loss's scale
 
 @patch(as_prop=True)
 def scale(self:Recorder) -> float:
