@@ -18,7 +18,6 @@ from .gates import check_edit, gate_values, need_adapted
 from .heads import markdown_table
 from .hooks import look
 from .io import whole
-from .measure import measure
 from .plan import HeadPlan
 from .ranks import check_allowed
 from .repair import settle_names
@@ -313,7 +312,7 @@ def refit(self:PlanSet,
     with transaction(m, alone=True):
         self.use(None)
         request.resolve(m)
-        stats = measure(m, request.text(), {'gram'}, kinds=request.kinds, progress=request.progress)
+        stats = request.source.measure(m, {'gram'}, kinds=request.kinds, progress=request.progress)
         exists = {kind: kept.plan.of_kind(kind) for kind in request.kinds}
         request.apply(m, stats, {kind: table.exists & ~table.keep for kind, table in exists.items()})
         m.sentinel.plan.info = dict(kept.plan.info, refit=name)
