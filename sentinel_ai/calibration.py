@@ -10,7 +10,6 @@ import ast, hashlib, math, torch, warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fastcore.basics import patch
 from itertools import cycle
 from pathlib import Path
 from textwrap import dedent
