@@ -215,8 +215,9 @@ def _ends(loss):
 def _blocks(data):
     "Blocks to train and to measure on; those of `calibration` as rows with labels."
     if not isinstance(data, Mapping): raise TypeError(
-        f'data is a {type(data).__name__}; give blocks `train` and `validation`, from lm_dataset(texts, tokenizer), or '
-        'dict(train=calibration(texts, tokenizer, short=0), validation=calibration(texts, tokenizer, short=0, held=True))')
+        f'data is a {type(data).__name__}; give blocks `train` and `validation`, '
+        'from lm_dataset(texts, tokenizer), or dict(train=calibration(texts, tokenizer, short=0), '
+        'validation=calibration(texts, tokenizer, short=0, held=True))')
     return {k: v.dataset() if hasattr(v, 'kinds') else v for k, v in data.items()}
 
 # %% ../nbs/10c_recovery.ipynb #9a1b9b6c
